@@ -1,0 +1,143 @@
+// F1. Who steps next on each model, on which pages: plan() packs flat int32 arrays, commit() returns only events.
+//
+//     add -> WAITING --admit--> RESIDENT --finish--> gone
+//               ^                  |
+//               +---- preempt -----+   all pages of all lanes dropped, everything owed again
+//
+// A flight is one launched step of one model; flights land in the order they were launched. A row of a flight counts
+// only while its lane still has the epoch it was launched under; every change of course takes a new epoch.
+// Pages that a flight may still touch wait in limbo until it has landed.
+//
+// First come, first served; a lane takes pages in arrival order, and when there are none the youngest resident gives up
+// all of its pages in every pool. So nobody holds pages of one pool while waiting for another's.
+#pragma once
+
+#include "sequence.hpp"
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace splitdecode {
+
+// Caller-owned output of one plan(); sizes are capacities. Layout: triton_kernels/README.md.
+struct PlanBuffers {
+    int32_t *tokens, *positions, *slots;          // [T] token -1 - seq: the id last sampled for that sequence
+    int32_t *cu_q, *kv_len, *page_indptr, *pages; // [R + 1], [R], [R + 1], [P]
+    int32_t* row_seq;                             // [R]
+    int32_t* logits;                              // [N, 6]: token index, seq, position, stream, attempt, flags
+    int32_t max_tokens, max_rows, max_pages, max_logits;
+};
+
+struct PlanCounts {
+    int32_t tokens = 0, rows = 0, pages = 0, logits = 0;
+};
+
+enum RowFlag : int32_t { SUPPRESS_END = 1, FEEDS_DEVICE = 2 };
+
+struct LaneSpec {
+    PagePool* pool;
+    const Vocabulary* vocabulary;
+    int32_t max_len;
+    std::vector<int32_t> eos_ids;
+};
+
+struct WriteMode {
+    Phase phase = Phase::DIRECT;
+    uint32_t stream = 0;
+    int32_t interval = 0;
+    int32_t mark = -1;
+    int32_t scan_from = -1;
+    bool open_is_event = true;
+};
+
+class Scheduler {
+  public:
+    // tags: {opening, closing}. depth: steps a lane may have in flight.
+    Scheduler(std::vector<LaneSpec> specs, std::vector<std::string> tags, int32_t max_seqs, int32_t depth);
+    Scheduler(const Scheduler&) = delete;
+    Scheduler& operator=(const Scheduler&) = delete;
+
+    int32_t add(std::vector<std::vector<int32_t>> prompts, Limits limits, const std::string& salt, int32_t leader);
+    void finish(int32_t seq);
+    PlanCounts plan(int32_t lane, const PlanBuffers& out);
+    // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight (-1: NaN); ms: its duration.
+    std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms);
+    int32_t in_flight(int32_t lane) const { return static_cast<int32_t>(flights_.at(lane_index(lane)).size()); }
+    int32_t unfinished() const { return static_cast<int32_t>(order_.size()); }
+
+    // What Python decided (each cancels what the lane has in flight):
+    void retarget(int32_t seq, int32_t lane, int32_t keep, const std::vector<int32_t>& ids, bool in_tag);
+    std::vector<Event> write(int32_t seq, int32_t lane, const WriteMode& mode);
+    void read(int32_t seq, int32_t lane, int32_t from, uint32_t stream);
+    std::vector<Event> confirm(int32_t seq, int32_t lane, int32_t keep, int32_t draw, int32_t steps, uint32_t stream);
+    std::vector<Event> accept(int32_t seq, int32_t k);
+    std::vector<Event> emit(int32_t seq, int32_t author, const std::vector<int32_t>& ids);
+    void drop_provisional(int32_t seq);
+    void refuse(int32_t seq, int32_t lane);
+    void log_tag(int32_t seq, int32_t pattern);
+
+    Sequence& at(int32_t seq);
+    const LaneSpec& spec(int32_t lane) const { return specs_.at(lane_index(lane)); }
+    int32_t room(int32_t seq, int32_t lane) { return spec(lane).max_len - at(seq).lanes.at(lane_index(lane)).size(); }
+    bool enters(int32_t lane, int32_t pattern, int32_t id) const;
+    int32_t preemptions() const { return preemptions_; }
+    void check_invariants();
+
+  private:
+    struct Row {
+        int32_t seq, start, count, logits;
+        uint32_t epoch;
+    };
+    struct Flight {
+        int64_t number;
+        int32_t tokens;
+        std::vector<Row> rows;
+    };
+    struct Limbo {
+        int64_t until;
+        int32_t page;
+    };
+
+    static size_t lane_index(int32_t lane) { return static_cast<size_t>(lane); }
+    Lane& lane_of(int32_t seq, int32_t lane) { return at(seq).lanes.at(lane_index(lane)); }
+    PagePool& pool(int32_t lane) { return *specs_[lane_index(lane)].pool; }
+    void admit();
+    int32_t pages_owed(const Sequence& sequence) const;
+    void adopt_prefix(Sequence& sequence, int32_t lane);
+    bool reserve(size_t order_index, int32_t lane, int32_t upto);
+    void preempt(Sequence& sequence);
+    void drop_pages(Lane& lane, int32_t lane_id, int32_t keep_pages);
+    void set_cached(Lane& lane, int32_t lane_id, int32_t cached);
+    void cancel(Lane& lane, int32_t lane_id);
+    void cancel_all(Sequence& sequence);
+    void wake(Sequence& sequence, int32_t lane, Want want, int32_t at_most);
+    void publish(Lane& lane, int32_t lane_id);
+    void land_limbo(int32_t lane);
+    int32_t launchable(const Sequence& sequence, const Lane& lane) const;
+    void pack(Sequence& sequence, int32_t lane, int32_t count, const PlanBuffers& out, PlanCounts& counts,
+              Flight& flight);
+    void count_row(const Sequence& sequence, Lane& lane, int32_t count);
+    void commit_row(const Row& row, Sequence& sequence, int32_t lane, const int32_t* ids, const float* logprobs,
+                    std::vector<Event>& events);
+    bool is_end(const Sequence& sequence, int32_t lane, int32_t id) const;
+    void check_lane(const Sequence& sequence, int32_t lane, std::vector<int32_t>& owners);
+
+    std::vector<LaneSpec> specs_;
+    ByteMatcher tags_, closer_;
+    std::vector<std::vector<std::vector<uint8_t>>> enters_; // [lane][pattern][id]
+    int32_t max_seqs_, depth_;
+    std::vector<std::unique_ptr<Sequence>> sequences_; // by handle; null: free
+    std::vector<int32_t> free_handles_;
+    std::vector<int32_t> order_; // handles by arrival
+    std::vector<std::deque<Flight>> flights_;
+    std::vector<std::deque<Limbo>> limbo_;
+    std::vector<int64_t> launched_flights_;
+    int64_t arrivals_ = 0;
+    uint32_t epochs_ = 0;
+    int32_t residents_ = 0, preemptions_ = 0;
+};
+
+} // namespace splitdecode
