@@ -48,6 +48,18 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
     return events;
 }
 
+void Scheduler::discard_flight(int32_t lane_id) {
+    auto& flights = flights_.at(lane_index(lane_id));
+    if (flights.empty()) throw std::logic_error("discard_flight without a flight in the air");
+    for (const Row& row : flights.back().rows) {
+        Sequence* sequence = sequences_[static_cast<size_t>(row.seq)].get();
+        if (sequence != nullptr && sequence->lanes[lane_index(lane_id)].epoch == row.epoch)
+            throw std::logic_error("discard_flight: finish or preempt its sequences first");
+    }
+    flights.pop_back();
+    land_limbo(lane_id);
+}
+
 void Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
                            const float* logprobs, std::vector<Event>& events) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];
@@ -120,7 +132,7 @@ std::vector<Event> Scheduler::write(int32_t seq, int32_t lane_id, const WriteMod
         cancel_all(sequence);
     } else if (lane.size() >= spec(lane_id).max_len) {
         cancel_all(sequence);
-        sequence.raise(events, {EventKind::FULL, seq});
+        sequence.raise(events, {EventKind::FULL, seq, lane_id});
     } else {
         wake(sequence, lane_id, Want::WRITE, lane.size() - 1);
     }
@@ -188,6 +200,7 @@ void Scheduler::drop_provisional(int32_t seq) {
 // The next draw at the lane's end is made without the tokens that would open a tag, under a key of its own.
 void Scheduler::refuse(int32_t seq, int32_t lane_id) {
     Lane& lane = lane_of(seq, lane_id);
+    at(seq).tag_log.pop_back(); // the opening that write() or commit() reported
     lane.attempt = lane.attempt_at == lane.size() ? lane.attempt + 1 : 1;
     lane.attempt_at = lane.size();
 }

@@ -62,6 +62,7 @@ static nb::dict lane_state(const Lane& lane) {
     out["launched"] = lane.launched;
     out["inflight"] = lane.inflight;
     out["epoch"] = lane.epoch;
+    out["stable"] = lane.stable;
     out["pages"] = array_of<int32_t>(lane.pages.size(), [&](size_t i) { return lane.pages[i]; });
     return out;
 }
@@ -147,6 +148,12 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
         .def(
             "has_ending", [](Scheduler& self, int32_t seq) { return self.at(seq).ending.id >= 0; }, "seq"_a)
         .def(
+            "at_limit",
+            [](Scheduler& self, int32_t seq, int32_t lane) {
+                return self.at(seq).allowance() <= 0 || self.room(seq, lane) <= 0;
+            },
+            "seq"_a, "lane"_a, "Whether max_tokens, the mark or the lane's context keeps it from writing on.")
+        .def(
             "draws", [](Scheduler& self, int32_t seq) { return self.at(seq).draws; }, "seq"_a)
         .def(
             "active", [](Scheduler& self, int32_t seq) { return self.at(seq).active; }, "seq"_a)
@@ -191,7 +198,15 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
             "seq"_a, "author"_a, "ids"_a, "Residue ids become content.")
         .def("drop_provisional", &Scheduler::drop_provisional, "seq"_a)
         .def("refuse", &Scheduler::refuse, "seq"_a, "lane"_a)
+        .def(
+            "set_mark", [](Scheduler& self, int32_t seq, int32_t mark) { self.at(seq).mark = mark; }, "seq"_a, "mark"_a)
         .def("log_tag", &Scheduler::log_tag, "seq"_a, "pattern"_a)
+        .def(
+            "size",
+            [](Scheduler& self, int32_t seq, int32_t lane) {
+                return self.at(seq).lanes.at(static_cast<size_t>(lane)).size();
+            },
+            "seq"_a, "lane"_a, "Ids of a lane, prompt included.")
         .def("room", &Scheduler::room, "seq"_a, "lane"_a, "Ids the lane can still take.");
 }
 
@@ -247,6 +262,7 @@ void bind_scheduler(nb::module_& m) {
                 return self.commit(lane, ids.data(), logprobs.data(), static_cast<int32_t>(ids.size()), ms);
             },
             "lane"_a, "ids"_a.noconvert(), "logprobs"_a.noconvert(), "ms"_a, "Lands the lane's oldest flight.")
+        .def("discard_flight", &Scheduler::discard_flight, "lane"_a, "Lands the newest flight unseen: its step failed.")
         .def("in_flight", &Scheduler::in_flight, "lane"_a)
         .def("enters", &Scheduler::enters, "lane"_a, "pattern"_a, "token_id"_a)
         .def_prop_ro("unfinished", &Scheduler::unfinished)

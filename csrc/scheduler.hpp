@@ -65,6 +65,8 @@ class Scheduler {
     PlanCounts plan(int32_t lane, const PlanBuffers& out);
     // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight (-1: NaN); ms: its duration.
     std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms);
+    // Lands the newest flight without looking at it: the step failed.
+    void discard_flight(int32_t lane);
     int32_t in_flight(int32_t lane) const { return static_cast<int32_t>(flights_.at(lane_index(lane)).size()); }
     int32_t unfinished() const { return static_cast<int32_t>(order_.size()); }
 

@@ -96,12 +96,13 @@ bool Sequence::emit_residue(int32_t author, const std::string& residue, std::vec
 
 // Held tokens before `position` become content.
 bool Sequence::release_until(int32_t position, std::vector<Event>& events) {
-    const Lane& lane = active_lane();
+    Lane& lane = active_lane();
     while (held_from_ < position) {
         const auto at = static_cast<size_t>(held_from_);
         const int32_t skip = held_skip_;
         ++held_from_;
         held_skip_ = 0;
+        lane.stable = held_from_;
         if (skip > 0) {
             const std::string rest = vocabulary(active).bytes(lane.ids[at]).substr(static_cast<size_t>(skip));
             if (emit_residue(active, rest, events)) return true;
@@ -157,9 +158,7 @@ bool Sequence::scan_token(int32_t position, int32_t skip, std::vector<Event>& ev
         --keep;
         unsafe -= static_cast<int32_t>(words.bytes(lane.ids[static_cast<size_t>(keep)]).size());
     }
-    const bool raised = release_until(keep, events);
-    lane.stable = held_from_;
-    return raised;
+    return release_until(keep, events);
 }
 
 bool Sequence::scan_from(int32_t position, int32_t skip, std::vector<Event>& events) {
@@ -243,7 +242,7 @@ bool Sequence::written(int32_t lane_max, bool is_end, std::vector<Event>& events
         if (emit(active, id, lane.logprobs.back(), position, events)) return true;
     }
     if (lane.size() < lane_max) return false;
-    raise(events, {EventKind::FULL, handle});
+    raise(events, {EventKind::FULL, handle, active});
     return true;
 }
 

@@ -30,9 +30,9 @@ enum class EventKind : int32_t {
     END,       // a = the EOS or stop token
     STOP,      // a = which stop string
     LENGTH,    // max_tokens reached
-    FULL,      // the active lane's context is full
+    FULL,      // the context of lane a is full
     MARK,      // the content reached the caller's mark
-    BROKEN,    // NaN logits
+    BROKEN,    // a = the lane whose logits were NaN
 };
 
 struct Event {

@@ -1,6 +1,6 @@
 """F7: the memory and speed of a pair on a GPU, from geometry alone: no model is loaded, no GPU is needed.
 
-    share p of the tokens is the large model's, in segments of s; what the small one writes in between is caught up at once
+    a share p of the tokens is the large model's, in segments of s; what the small one writes meanwhile is caught up
 
       small writes n = s(1-p)/p       large catches up n, which also yields its first token      large writes s
     |------ n x step(small) ------|------ max(step(large), n x flops / FLOP/s) ------|----- (s-1) x step(large) -----|
@@ -121,7 +121,7 @@ class OffloadPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The pair on a GPU at one context length. `free_tokens`: catching up fewer costs no more than a decode step."""
+    """The pair on a GPU at one context length. Some `free_tokens` are caught up at the cost of a decode step."""
 
     gpu: Gpu
     context: int
@@ -133,16 +133,21 @@ class Plan:
     offloads: tuple[OffloadPlan, ...]
 
 
+def resident_bytes(config: ModelConfig) -> int:
+    """Weights held in memory, in bf16: also the embedding, which a decode step does not stream."""
+    return 2 * geometry.parameters(config)
+
+
 def step_ms(config: ModelConfig, gpu: Gpu, context: int) -> float:
     """One decode step of one sequence: every weight and `context` tokens of KV are read once."""
-    read = geometry.weight_bytes_read(config) + context * geometry.kv_bytes_per_token(config)
+    read = geometry.weight_bytes(config) + context * geometry.kv_bytes(config)
     return read / gpu.bandwidth * 1e3
 
 
 def compute_ms(config: ModelConfig, gpu: Gpu, tokens: float, prefix: int) -> float:
     """The arithmetic of `tokens` new tokens after `prefix` cached ones; logits of the last one only."""
-    linear = tokens * geometry.linear_flops_per_token(config) + geometry.head_flops_per_token(config)
-    attention = tokens * (prefix + tokens / 2) * geometry.attention_flops_per_pair(config)
+    linear = tokens * geometry.linear_flops(config) + geometry.head_flops(config)
+    attention = tokens * (prefix + tokens / 2) * geometry.attention_flops(config, 1)
     return (linear + attention) / gpu.flops * 1e3
 
 
@@ -178,22 +183,22 @@ def split_ms(
 
 def plan_memory(small: ModelConfig, large: ModelConfig, gpu: Gpu, contexts: tuple[int, ...]) -> MemoryPlan:
     """Weights of both in bf16, RESERVE_BYTES, and how many sequences of each context fit into the rest."""
-    weights = geometry.weight_bytes(small) + geometry.weight_bytes(large)
+    weights = resident_bytes(small) + resident_bytes(large)
     left = gpu.memory - RESERVE_BYTES - weights
-    per_token = geometry.kv_bytes_per_token(small) + geometry.kv_bytes_per_token(large)
+    per_token = geometry.kv_bytes(small) + geometry.kv_bytes(large)
     sequences = {context: max(0, int(left // (per_token * context))) for context in sorted(set(contexts))}
-    second = geometry.kv_bytes_per_token(small) / geometry.kv_bytes_per_token(large)
+    second = geometry.kv_bytes(small) / geometry.kv_bytes(large)
     return MemoryPlan(gpu.memory, RESERVE_BYTES, weights, left, second, sequences)
 
 
 def plan_model(name: str, gpu: Gpu, context: int) -> ModelPlan:
     """One preset of models/geometry.py at `context` tokens."""
     config = geometry.preset(name)
-    kv = geometry.kv_bytes_per_token(config)
+    kv = geometry.kv_bytes(config)
     return ModelPlan(
         name=name,
         parameters=geometry.parameters(config),
-        weight_bytes=geometry.weight_bytes(config),
+        weight_bytes=resident_bytes(config),
         kv_bytes_per_token=kv,
         kv_bytes=kv * context,
         weights_ms=step_ms(config, gpu, 0),
@@ -203,7 +208,7 @@ def plan_model(name: str, gpu: Gpu, context: int) -> ModelPlan:
 
 
 def plan_pair(small: str, large: str, gpu: Gpu, context: int, shares: tuple[float, ...], segment: float) -> Plan:
-    """The whole plan of two presets. ValueError as for split_ms, or for an unknown preset, or context < 1."""
+    """The whole plan of two presets. ValueError as for split_ms or when context < 1, CheckpointError for a name."""
     if context < 1:
         raise ValueError(f"context must be at least 1 token, is {context}")
     first, second = geometry.preset(small), geometry.preset(large)
@@ -231,8 +236,12 @@ def verdict(plan: Plan) -> str:
     count = memory.sequences[plan.context]
     if count == 0:
         need = (plan.small.kv_bytes_per_token + plan.large.kv_bytes_per_token) * plan.context
-        return f"The weights fit, but no sequence of {plan.context} tokens ({_gb(need)}) in the {_gb(memory.left)} left."
-    return f"Fits: weights {sizes} and {room}: {_gb(memory.left)} for pages, {count} sequences of {plan.context} tokens."
+        return (
+            f"The weights fit, but no sequence of {plan.context} tokens ({_gb(need)}) in the {_gb(memory.left)} left."
+        )
+    return (
+        f"Fits: weights {sizes} and {room}: {_gb(memory.left)} for pages, {count} sequences of {plan.context} tokens."
+    )
 
 
 def _gb(size: float) -> str:
@@ -251,20 +260,22 @@ def render(plan: Plan, console: Console) -> None:
         times = f"{model.weights_ms:.3f} ms", f"{model.step_ms:.3f} ms", f"{model.catch_up_ms:.4f} ms"
         models.add_row(model.name, _gb(model.weight_bytes), *kv, *times)
     console.print(models)
-    console.print(f"Catching up fewer than {plan.free_tokens:.0f} tokens costs no more than a decode step.\n")
+    console.print(f"Catching up some {plan.free_tokens:.0f} tokens costs no more than a decode step.\n")
     split = Table(title=f"the split, large segments of {plan.segment:g} tokens", title_justify="left")
     for heading in ("offloaded", "caught up/switch", "stall", "floor", "speed-up", "expected", "speed-up"):
         split.add_column(heading, justify="right")
     for row in plan.offloads:
         stall = f"{row.caught_up:.0f}", f"{row.stall_ms:.0f} ms"
         floor = f"{row.floor_ms:.3f} ms", f"{row.floor_speedup:.1f}x"
-        split.add_row(
-            f"{row.share:.2%}", *stall, *floor, f"{row.expected_ms:.2f} ms", f"{row.expected_speedup:.1f}x"
-        )
+        split.add_row(f"{row.share:.2%}", *stall, *floor, f"{row.expected_ms:.2f} ms", f"{row.expected_speedup:.1f}x")
     console.print(split)
-    console.print("ms per output token; speed-up over the large model alone, on the same terms. Expected: an estimate.\n")
+    console.print(
+        "ms per output token; speed-up over the large model alone, on the same terms. Expected: an estimate.\n"
+    )
     counts = ", ".join(f"{count} of {context}" for context, count in plan.memory.sequences.items())
-    console.print(f"The second cache adds {plan.memory.second_cache:.1%} to the large one. Sequences (tokens): {counts}.")
+    console.print(
+        f"The second cache adds {plan.memory.second_cache:.1%} to the large one. Sequences (tokens): {counts}."
+    )
     console.print(f"[bold]{verdict(plan)}[/]", highlight=False)
 
 
@@ -299,7 +310,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--large", default="32b", choices=presets, help="geometry of the large model (default 32b)")
     parser.add_argument("--gpu", default="h200", choices=list(GPUS), help="the device (default h200)")
     parser.add_argument("--context", default=4096, type=_count, help="tokens of context (default 4096)")
-    parser.add_argument("--offload", default="0.0135,0.05,0.2", type=_shares, help="shares of tokens written by --large")
+    parser.add_argument(
+        "--offload", default="0.0135,0.05,0.2", type=_shares, help="shares of tokens written by --large"
+    )
     parser.add_argument("--segment", default=32, type=_count, help="tokens per large segment (default 32)")
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 

@@ -55,7 +55,7 @@ def head_flops(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, context: int) -> int:
-    """Flops per token that attends to `context` tokens: scores and weighted values."""
+    """Flops per token that attends to `context` tokens: scores and weighted values of all layers."""
     return 4 * config.num_layers * config.q_size * context
 
 

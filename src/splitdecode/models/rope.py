@@ -1,7 +1,7 @@
 """F3: rotary tables: for every position, one complex number per pair of head dimensions.
 
-Angles are computed in float32, as the reference implementations do: a float64 table would differ from them by 4e-3 rad at
-position 100,000, and the checkpoints were trained against the float32 one.
+Angles are computed in float32, as the reference implementations do: at position 100,000 a float64 table would differ
+from theirs by 4e-3 rad, and the checkpoints were trained against the float32 one.
 """
 
 from __future__ import annotations

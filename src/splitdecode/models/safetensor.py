@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from splitdecode.errors import CheckpointError
 from splitdecode.models.checkpoint import parse_json, read_json
@@ -54,10 +55,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_CAP):
-            raise CheckpointError(
-                f"{path}: expected a header of at most {min(max(size - 8, 0), _HEADER_CAP)} bytes, found {length} announced"
-            )
+        cap = min(max(size - 8, 0), _HEADER_CAP)
+        if size < 8 or length > cap:
+            raise CheckpointError(f"{path}: expected a header of at most {cap} bytes, found {length} announced")
         raw = parse_json(file.read(length), f"{path} (header)")
     room = size - 8 - length
     raw.pop("__metadata__", None)
@@ -100,7 +100,7 @@ def _entry(path: Path, name: str, entry: object, room: int) -> tuple[TensorInfo,
     return TensorInfo(path, dtype, tuple(shape)), begin, end
 
 
-def _naturals(value: object) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 1 << 62 for one in value
     )

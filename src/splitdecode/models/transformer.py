@@ -7,7 +7,6 @@ One forward runs all pending tokens of any rows (prefill, decode, catch-up, prob
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +15,14 @@ from splitdecode.models.config import ModelConfig
 from splitdecode.models.rope import rope_table
 from splitdecode.models.weights import LayerWeights, ModelWeights
 
+_KEPT = 16  # buffers of steps this small are kept for the next step of the same size
+
 
 class Transformer:
-    """A model ready to run: config, weights, and the rotary table it grows as positions ask for it."""
+    """A model ready to run: config, weights, a rotary table that grows as positions ask for it, and scratch buffers.
+
+    One forward at a time: two threads that run one model share its buffers.
+    """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
@@ -26,6 +30,7 @@ class Transformer:
         self.device = weights.embed.device
         self.dtype = weights.embed.dtype
         self._cis = self._table(min(config.max_positions, 2048))
+        self._buffers: _Buffers | None = None
 
     def new_cache(self, num_pages: int, page_size: int) -> Tensor:
         """A zeroed paged cache [L, num_pages, page_size, 2, Hkv, D] in the model's dtype, on its device."""
@@ -42,61 +47,81 @@ class Transformer:
         """
         w, config = self.weights, self.config
         x = w.embed.index_select(0, batch.tokens.to(self.device))
-        step = _Step(batch, kv, x, config, self._angles(batch))
-        for index, layer in enumerate(w.layers):
-            self._layer(layer, x, step, index)
-        if rows is not None:
-            x = x.index_select(0, rows.to(self.device)) if len(rows) else x[:0]
-        logits = x.new_empty(x.shape[0], config.vocab_size)
-        if len(logits):
+        count = len(x)
+        buffers, cis = self._scratch(count), self._angles(batch.positions)
+        plan = ops.plan_attention(batch, buffers.q)
+        for layer, cache in zip(w.layers, ops.bind_cache(plan, kv), strict=True):
+            self._layer(layer, x, buffers, cis, cache, plan)
+        if rows is not None and not (count == 1 and len(rows) == 1):
+            x = x.index_select(0, rows.to(self.device))
+        logits = x.new_empty(len(x), config.vocab_size)
+        if len(x):
             ops.norm_linear(x, w.norm, config.rms_eps, w.head, None, logits)
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        return logits if self.dtype.itemsize >= 4 else logits.float()
 
-    def _layer(self, w: LayerWeights, x: Tensor, step: _Step, index: int) -> None:
+    def _layer(
+        self,
+        w: LayerWeights,
+        x: Tensor,
+        b: _Buffers,
+        cis: Tensor,
+        cache: ops.LayerCache,
+        plan: ops.AttentionPlan,
+    ) -> None:
         """One layer over the residual stream x [T, d], in place."""
         eps = self.config.rms_eps
-        ops.norm_linear(x, w.attn_norm, eps, w.qkv, w.qkv_bias, step.qkv)
+        ops.norm_linear(x, w.attn_norm, eps, w.qkv, w.qkv_bias, b.qkv)
         if w.q_norm is not None and w.k_norm is not None:
-            ops.qk_norm(step.qk, self.config.num_kv_heads, w.q_norm, w.k_norm, eps)
-        ops.rope(step.qk, step.cis)
-        ops.write(step.kv, step.caches[index], step.slots)
-        x.addmm_(ops.attention(step.q, step.caches[index], step.plan), w.o)
+            ops.qk_norm(b.qk, self.config.num_kv_heads, w.q_norm, w.k_norm, eps)
+        ops.rope(b.turned, cis)
+        ops.write(b.kv, cache, plan.slots)
+        x.addmm_(ops.attention(b.q, cache, plan), w.o)
         if w.o_bias is not None:
             x.add_(w.o_bias)
-        ops.norm_linear(x, w.mlp_norm, eps, w.gate_up, w.gate_up_bias, step.gate_up)
-        x.addmm_(ops.swiglu(step.gate, step.up, step.act), w.down)
+        ops.norm_linear(x, w.mlp_norm, eps, w.gate_up, w.gate_up_bias, b.gate_up)
+        x.addmm_(ops.swiglu(b.gate, b.up, b.act), w.down)
         if w.down_bias is not None:
             x.add_(w.down_bias)
 
-    def _angles(self, batch: ops.PagedBatch) -> Tensor:
-        positions = batch.positions.numpy()
-        last = int(np.max(positions, initial=0))
+    def _scratch(self, count: int) -> _Buffers:
+        kept = self._buffers
+        if kept is not None and len(kept.qkv) == count:
+            return kept
+        made = _Buffers(self.config, count, self.dtype, self.device)
+        if count <= _KEPT:
+            self._buffers = made
+        return made
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """Rotations [T, 1, D / 2] of `positions`."""
+        host = positions.numpy()
+        last = int(host[0]) if len(host) == 1 else int(host.max(initial=0))
         if last >= len(self._cis):
             self._cis = self._table(2 * (last + 1))
-        return self._cis.index_select(0, batch.positions.to(self.device)).unsqueeze(1)
+        if len(host) == 1:
+            return self._cis.narrow(0, last, 1)
+        return self._cis.index_select(0, positions.to(self.device))
 
     def _table(self, length: int) -> Tensor:
         wide = torch.complex128 if self.dtype == torch.float64 else torch.complex64
-        return rope_table(self.config.rope, self.config.head_dim, length, wide).to(self.device)
+        return rope_table(self.config.rope, self.config.head_dim, length, wide).unsqueeze(1).to(self.device)
 
 
-class _Step:
-    """Buffers and views one forward shares across its layers.
+class _Buffers:
+    """Scratch all layers of a forward over `count` tokens share, and the views they see it through.
 
     qkv [T, (H + 2 Hkv) * D] is seen as q [T, G, Hkv, D], qk [T, H + Hkv, D] and kv [T, 2, Hkv, D];
     gate_up [T, 2 I] as gate and up [T, I]; act [T, I].
     """
 
-    def __init__(self, batch: ops.PagedBatch, kv: Tensor, x: Tensor, config: ModelConfig, cis: Tensor) -> None:
-        count, heads, dim, inner = x.shape[0], config.num_kv_heads, config.head_dim, config.intermediate_size
-        self.cis = cis
-        self.plan = ops.plan_attention(batch, x.device)
-        self.slots = batch.slots.to(device=x.device, dtype=torch.int64)
-        self.caches = kv.flatten(1, 2).unbind(0)
-        self.qkv = x.new_empty(count, config.qkv_size)
-        self.q = self.qkv[:, : config.q_size].view(count, -1, heads, dim)
-        self.qk = self.qkv[:, : config.q_size + config.kv_size].view(count, -1, dim)
+    def __init__(self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads, dim, inner = config.num_kv_heads, config.head_dim, config.intermediate_size
+        self.qkv = torch.empty(count, config.qkv_size, dtype=dtype, device=device)
+        self.q = self.qkv[:, : config.q_size].view(count, config.num_heads // heads, heads, dim)
+        self.qk = self.qkv[:, : config.q_size + config.kv_size].view(count, config.num_heads + heads, dim)
         self.kv = self.qkv[:, config.q_size :].view(count, 2, heads, dim)
-        self.gate_up = x.new_empty(count, 2 * inner)
+        half = dtype.itemsize < 4  # complex numbers start at float32: the halves are widened by the op
+        self.turned = self.qk if half else torch.view_as_complex(self.qk.view(*self.qk.shape[:2], dim // 2, 2))
+        self.gate_up = torch.empty(count, 2 * inner, dtype=dtype, device=device)
         self.gate, self.up = self.gate_up[:, :inner], self.gate_up[:, inner:]
-        self.act = x.new_empty(count, inner)
+        self.act = torch.empty(count, inner, dtype=dtype, device=device)

@@ -261,12 +261,12 @@ def _layer(config: ModelConfig, source: _Source, at: str, dtype: torch.dtype, de
 
 def pair_dims(rows: Tensor, heads: int, dim: int) -> Tensor:
     """Reorders rows [heads * dim, ...] within each head: (i, i + dim/2) become (2i, 2i + 1). Returns a new tensor."""
-    return rows.unflatten(0, (heads, 2, dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return rows.view(heads, 2, dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
 
 def group_major(rows: Tensor, heads: int, kv_heads: int, dim: int) -> Tensor:
     """Reorders the heads of rows [heads * dim, ...] from (kv head, group) to (group, kv head). Returns a new tensor."""
-    return rows.unflatten(0, (kv_heads, heads // kv_heads, dim)).transpose(0, 1).flatten(0, 2).contiguous()
+    return rows.view(kv_heads, heads // kv_heads, dim, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape).contiguous()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,0 +1,373 @@
+"""F6: SplitDecoder, the front door: builds the Pair, takes prompts, gives answers and who wrote them.
+
+    decoder = SplitDecoder.from_pretrained(small, large)      or SplitDecoder.demo()
+    decoder.generate(["..."], SamplingParams(temperature=0.0))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from splitdecode.config import EngineConfig, SamplingParams, request_key
+from splitdecode.errors import CapacityError, RequestError
+from splitdecode.models import Transformer, load_model, open_checkpoint
+from splitdecode.models.chat import ChatTemplate
+from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.runtime.kvcache import KVCache, kv_token_bytes
+from splitdecode.runtime.runner import ModelRunner
+from splitdecode.runtime.sampler import Sampler
+from splitdecode.split.engine import Choice, Engine
+from splitdecode.split.outputs import Delta, RequestMetrics, RequestOutput
+from splitdecode.split.policies import ControlTags, HandoffPolicy
+from splitdecode.split.prompts import Prompt, as_prompts, prompt_ids, with_hint
+from splitdecode.split.roles import Pair, Role
+from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG, PairTokens
+from splitdecode.split.transcript import TextStream
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SplitDecoder:
+    """One reasoning stream, two models: the small one writes, and hands the pen over where it says so.
+
+    Not thread-safe: one thread drives one decoder. Any number of decoders live in one process.
+    """
+
+    def __init__(
+        self,
+        models: Pair[Transformer],
+        tokenizers: Pair[Tokenizer],
+        *,
+        eos_ids: Pair[tuple[int, ...]],
+        templates: Pair[ChatTemplate] | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        config: EngineConfig | None = None,
+        tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
+    ) -> None:
+        """models: loaded and ready; eos_ids: ids that end an answer, per model; templates: for chat().
+
+        Raises CapacityError when kv_cache_memory holds no page of both caches, CheckpointError when a tokenizer is
+        larger than its model's vocabulary.
+        """
+        self.config = config = config or EngineConfig()
+        self.models, self.tokenizers, self.templates = models, tokenizers, templates
+        self._defaults = dict(sampling_defaults or {})
+        self.tokens = PairTokens(tokenizers, tags)
+        self.vocab_limits = Pair.of(lambda r: min(models[r].config.vocab_size, tokenizers[r].size))
+        if self.tokens.same:  # an id only one of them knows cannot be handed over
+            self.vocab_limits = Pair(*[min(self.vocab_limits)] * 2)
+        caches, self.max_len = self._caches()
+        self.engine = Engine(
+            Pair.of(lambda r: ModelRunner(models[r], caches[r], self._sampler(r, eos_ids[r]), config.max_num_seqs)),
+            self.tokens,
+            config,
+            eos_ids.map(list),
+            self.max_len,
+        )
+        self._requests: dict[str, list[Choice]] = {}
+        self._numbers = count()
+        self._closed = False
+
+    # ---- construction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        small: str | Path,
+        large: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype = "auto",
+        small_revision: str | None = None,
+        large_revision: str | None = None,
+        tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
+        **engine: Any,
+    ) -> SplitDecoder:
+        """Loads both checkpoints: local directories in Hugging Face layout, or hub ids (pinned by their revision).
+
+        dtype: "auto" (the file's), a torch dtype or its name; device: where both models run. Further arguments are
+        EngineConfig's: page_size, kv_cache_memory, max_num_batched_tokens, max_num_seqs, max_model_len, ...
+        Raises CheckpointError naming file and field, CapacityError with sizes, RequestError for a wrong argument.
+        """
+        if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+            raise RequestError(f"dtype: found {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+        wanted: Any = DTYPES.get(dtype, "auto") if isinstance(dtype, str) else dtype
+        config = engine_config(engine)
+        paths, revisions = Pair(small, large), Pair(small_revision, large_revision)
+        points = Pair.of(lambda r: open_checkpoint(paths[r], revision=revisions[r]))
+        tokenizers = points.map(lambda p: Tokenizer.from_directory(p.directory))
+        for role in Role:
+            tokenizers[role].check_against_vocab(points[role].config.vocab_size, points[role].directory)
+        models = points.map(lambda p: load_model(p, dtype=wanted, device=device))
+        eos = Pair.of(lambda r: points[r].eos_ids or _own_eos(tokenizers[r]))
+        return cls(
+            models,
+            tokenizers,
+            eos_ids=eos,
+            templates=points.map(lambda p: ChatTemplate.from_directory(p.directory)),
+            sampling_defaults=points[Role.SMALL].sampling,
+            config=config,
+            tags=tags,
+        )
+
+    @classmethod
+    def demo(cls, *, small: str = "small", **options: Any) -> SplitDecoder:
+        """The embedded pair: two models trained on step-by-step arithmetic, 24 k and 808 k parameters.
+
+        small: "small" (writes the tags) or "small-base" (before it was taught to). Options as in from_pretrained().
+        """
+        pair = Path(str(files("splitdecode"))) / "data" / "tiny-pair"
+        options.setdefault("dtype", "float32")
+        options.setdefault("kv_cache_memory", "64MiB")
+        return cls.from_pretrained(pair / small, pair / "large", **options)
+
+    def _caches(self) -> tuple[Pair[KVCache], Pair[int]]:
+        """One budget, two pools of equally many tokens; and how long a lane may get in each."""
+        config, models = self.config, self.models
+        per_page = sum(config.page_size * kv_token_bytes(m.config, m.dtype.itemsize) for m in models)
+        pages = config.kv_cache_bytes // per_page
+        if pages < 1:
+            raise CapacityError(
+                f"kv_cache_memory: found {config.kv_cache_bytes} bytes, expected at least {per_page} "
+                f"(one page of {config.page_size} tokens in both caches)"
+            )
+        longest = models.map(lambda m: min(m.config.max_positions, config.max_model_len or m.config.max_positions))
+        useful = longest.map(lambda n: -(-n // config.page_size) * config.max_num_seqs)
+        caches = Pair.of(
+            lambda r: KVCache(models[r], min(pages, useful[r]), config.page_size, config.enable_prefix_caching)
+        )
+        return caches, Pair.of(lambda r: min(longest[r], caches[r].tokens))
+
+    def _sampler(self, role: Role, eos_ids: Sequence[int]) -> Sampler:
+        return Sampler(
+            self.vocab_limits[role],
+            self.config.max_num_seqs,
+            banned_ids=self.tokens.containing_tag(role) if role is Role.LARGE else (),
+            entering_ids=self.tokens.entering(role, self.tokens.tags[0]) if role is Role.SMALL else (),
+            eos_ids=eos_ids,
+        )
+
+    # ---- answers
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        handoff: HandoffPolicy | None = None,
+        large_prompt: Prompt | Sequence[Prompt] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers every prompt; results in the order of the prompts.
+
+        prompts: a str, a list of token ids, {"prompt": str}, {"prompt_token_ids": ids}, or a list of these. Both models
+        see the same text, unless large_prompt says what the large one sees. sampling_params: one for all or one each;
+        None: the small checkpoint's generation_config. handoff: ControlTags() by default.
+        Raises RequestError before anything runs when a prompt or parameter cannot be served.
+        """
+        wanted = as_prompts(prompts)
+        others: Sequence[Prompt | None] = [None] * len(wanted) if large_prompt is None else as_prompts(large_prompt)
+        if len(others) != len(wanted):
+            raise RequestError(f"large_prompt: found {len(others)} prompts, expected {len(wanted)}")
+        params = self._params(sampling_params, len(wanted))
+        made = [self._request(p, o, s, handoff) for p, o, s in zip(wanted, others, params, strict=True)]
+        ids = [self._queue(choices, None) for choices in made]
+        try:
+            self._run(ids, use_tqdm)
+            return [self._collect(i, p) for i, p in zip(ids, wanted, strict=True)]
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+                self._requests.pop(request_id, None)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        handoff: HandoffPolicy | None = None,
+        large_prompt: Prompt | None = None,
+        request_id: str | None = None,
+    ) -> Iterator[Delta]:
+        """Yields the answer as it becomes certain: text and the model that wrote it. Closing the iterator aborts.
+
+        Held back are bytes that may still become a control tag, a stop string or a whole character, and large tokens
+        the small model has not read yet. The request is checked at once, before the first delta is asked for.
+        """
+        (params,) = self._params(sampling_params, 1)
+        choices = self._request(as_prompts(prompt)[0], large_prompt, params, handoff, streams=True)
+        return self._stream(choices, self._queue(choices, request_id))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        handoff: HandoffPolicy | None = None,
+        hint: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers a conversation. Each checkpoint's own template is applied; the sentence that tells the small model
+        to use its tags stands in its lane alone (`hint`). Raises RequestError where a checkpoint has no template."""
+        pair = self.chat_prompts(messages, hint=hint, add_generation_prompt=add_generation_prompt)
+        return self.generate(pair[Role.SMALL], sampling_params, handoff=handoff, large_prompt=pair[Role.LARGE])
+
+    def chat_prompts(
+        self, messages: Sequence[Mapping[str, Any]], *, hint: bool = True, add_generation_prompt: bool = True
+    ) -> Pair[str]:
+        """The text each model sees of a conversation."""
+        if self.templates is None:
+            raise RequestError("chat() needs chat templates and this decoder was built without any: use generate()")
+        said = Pair(with_hint(messages) if hint else list(messages), list(messages))
+        templates = self.templates
+        return Pair.of(lambda r: templates[r].render(said[r], add_generation_prompt=add_generation_prompt))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request where it stands and frees both of its lanes; unknown ids are ignored."""
+        for choice in self._requests.get(request_id, []):
+            if choice.output is None:
+                self.engine.abort(choice)
+
+    def close(self) -> None:
+        """Aborts what is running. The decoder takes no further requests."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._closed = True
+
+    def __enter__(self) -> SplitDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- requests
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What the small checkpoint's generation_config.json says."""
+        known = {k: self._defaults[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in self._defaults}
+        if self._defaults.get("do_sample") is False:
+            known = {"temperature": 0.0}
+        return SamplingParams(**known)
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, number: int
+    ) -> Sequence[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.default_sampling_params] * number
+        if len(given) != number:
+            raise RequestError(f"sampling_params: found {len(given)} for {number} prompts, expected one each")
+        return given
+
+    def _request(
+        self,
+        prompt: Prompt,
+        other: Prompt | None,
+        params: SamplingParams,
+        handoff: HandoffPolicy | None,
+        streams: bool = False,
+    ) -> list[Choice]:
+        """The choices of one request, checked; nothing is queued."""
+        if self._closed:
+            raise RequestError("this decoder is closed")
+        policy = handoff or ControlTags()
+        if not isinstance(policy, HandoffPolicy):
+            raise RequestError(f"handoff: found {type(policy).__name__}, expected a HandoffPolicy")
+        prompts = prompt_ids(self.tokens, prompt, other, self.vocab_limits)
+        writes_first = policy.owner(0) or Role.SMALL
+        for role in Role:
+            alone = role is Role.LARGE and writes_first is Role.SMALL  # then openings are refused, nothing else
+            if len(prompts[role]) >= self.max_len[role] and not alone:
+                raise RequestError(
+                    f"prompt: found {len(prompts[role])} tokens for the {role} model, expected fewer than "
+                    f"{self.max_len[role]} (its context, or its share of kv_cache_memory)"
+                )
+        for token in (*params.stop_ids, *(params.logit_bias or ())):
+            if token >= min(self.vocab_limits):
+                raise RequestError(f"stop_token_ids, logit_bias: found id {token}, expected ids below "
+                                   f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        metrics, choices = RequestMetrics(), []
+        for index in range(params.n):
+            key = request_key(seed, index)
+            choice = Choice(prompts, params, policy.bind(key), key, index, metrics)
+            choice.leader = choices[0] if choices else None
+            choice.stream = TextStream(index) if streams else None
+            choices.append(choice)
+        return choices
+
+    def _queue(self, choices: list[Choice], request_id: str | None) -> str:
+        name = request_id or f"request-{next(self._numbers)}"
+        if name in self._requests:
+            raise RequestError(f"request_id: {name!r} is in use")
+        self._requests[name] = choices
+        for choice in choices:
+            self.engine.add(choice)
+        return name
+
+    def _run(self, ids: Iterable[str], use_tqdm: bool) -> None:
+        choices = [choice for request_id in ids for choice in self._requests[request_id]]
+        bar = _progress(len(choices)) if use_tqdm else None
+        done = 0
+        while done < len(choices):
+            self.engine.tick()
+            finished = sum(choice.output is not None for choice in choices)
+            if bar is not None and finished > done:
+                bar.update(finished - done)
+            done = finished
+        if bar is not None:
+            bar.close()
+
+    def _stream(self, choices: list[Choice], request_id: str) -> Iterator[Delta]:
+        try:
+            while True:
+                left = sum(choice.output is None for choice in choices)
+                for choice in choices:
+                    yield from choice.deltas
+                    choice.deltas = []
+                if not left:
+                    break
+                self.engine.tick()
+            for choice in choices:
+                assert choice.output is not None
+                last = choice.output.spans[-1].model if choice.output.spans else str(Role.SMALL)
+                yield Delta("", last, choice.index, choice.output.finish_reason)
+        finally:
+            self.abort(request_id)
+            self._requests.pop(request_id, None)
+
+    def _collect(self, request_id: str, prompt: Prompt) -> RequestOutput:
+        choices = self._requests[request_id]
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, dict) else None
+        outputs = [choice.output for choice in choices if choice.output is not None]
+        return RequestOutput(request_id, text, choices[0].prompts[Role.SMALL], outputs, True, choices[0].metrics)
+
+
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """An EngineConfig from keyword arguments; RequestError names one it does not know."""
+    known = EngineConfig.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise RequestError(f"{name}: unknown argument, expected one of {', '.join(known)}")
+    return replace(EngineConfig(), **options)
+
+
+def _own_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+
+def _progress(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="answer", dynamic_ncols=True)

@@ -1,0 +1,72 @@
+"""F4: pending tokens of some lanes, packed flat for one forward: the arrays the scheduler writes and the model reads.
+
+    tokens     | seq 3 . . . . | seq 1 | seq 7 . . |     one row per lane, its pending tokens side by side
+    logits     [N, 6]  token index, sequence, position, stream, attempt, flags
+
+The arrays are allocated once; a Batch is a set of views that lasts until the next plan() on the same buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from splitdecode._C import Scheduler
+from splitdecode.ops import PagedBatch
+
+Ints = npt.NDArray[np.int32]
+
+FEEDS_DEVICE = 2  # flags bit 1: the sampled id is the next input of its sequence
+_NAMES = ("tokens", "positions", "slots", "cu_q", "kv_len", "page_indptr", "pages", "row_seq", "logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pending tokens of some lanes, packed flat for one forward; `draws` is the [N, 6] table of logits rows."""
+
+    paged: PagedBatch
+    rows: Tensor  # [N] token indices whose logits are wanted
+    draws: Ints
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.paged.tokens)
+
+
+class StepBuffers:
+    """Room for one step of one model."""
+
+    def __init__(self, page_size: int, max_tokens: int, max_rows: int, max_pages: int, max_logits: int) -> None:
+        sizes = (max_tokens, max_tokens, max_tokens, max_rows + 1, max_rows, max_rows + 1, max_pages, max_rows)
+        self._arrays = [np.zeros(size, dtype=np.int32) for size in (*sizes, 6 * max_logits)]
+        self._tensors: list[Tensor] = [torch.from_numpy(array) for array in self._arrays]
+        self._table = self._arrays[-1].reshape(-1, 6)
+        self.page_size = page_size
+
+    def plan(self, scheduler: Scheduler, lane: int) -> Batch | None:
+        """The lane's next step, or None when nothing is pending."""
+        tokens, rows, pages, draws = scheduler.plan(lane, *self._arrays)
+        if rows == 0:
+            return None
+        t = self._tensors
+        paged = PagedBatch(
+            tokens=t[0][:tokens],
+            positions=t[1][:tokens],
+            slots=t[2][:tokens],
+            cu_q=t[3][: rows + 1],
+            kv_len=t[4][:rows],
+            page_indptr=t[5][: rows + 1],
+            pages=t[6][:pages],
+            page_size=self.page_size,
+        )
+        table = self._table[:draws]
+        return Batch(paged, torch.from_numpy(table[:, 0].astype(np.int64)), table)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The arrays by name, for tests."""
+        return dict(zip(_NAMES, self._arrays, strict=True))

@@ -1,0 +1,67 @@
+"""F4: one model, its cache, its sampler: launch(batch) -> Flight. It does not know there is another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from splitdecode.models import Transformer
+from splitdecode.runtime.batch import FEEDS_DEVICE, Batch, Ints
+from splitdecode.runtime.kvcache import KVCache
+from splitdecode.runtime.sampler import Array, Counts, Sampled, Sampler
+
+_EMPTY = Sampled(np.zeros(0, dtype=np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step not yet read back: ids int32 [N] and raw log-probs float32 [N] of its logits rows.
+
+    draws: the rows' [N, 6] table, kept only when some row wants its likeliest alternatives (`top`).
+    """
+
+    ids: Ints
+    logprobs: Array
+    top: list[tuple[Array, Array] | None] | None
+    draws: Ints | None
+    tokens: int
+    ms: float
+
+
+class ModelRunner:
+    """One model, its cache and sampler: `launch(batch) -> Flight`."""
+
+    def __init__(self, model: Transformer, cache: KVCache, sampler: Sampler, max_seqs: int) -> None:
+        self.model, self.cache, self.sampler = model, cache, sampler
+        self._last = np.zeros(max_seqs, dtype=np.int32)  # the id last sampled for each sequence: next step's input
+        self._nothing = np.full(64, np.nan, dtype=np.float32)
+
+    def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> Flight:
+        """Runs one step. Tokens below zero stand for the id last sampled for sequence -1 - token."""
+        start = perf_counter()
+        tokens = batch.paged.tokens.numpy()
+        if tokens.min() < 0:
+            unheard = np.flatnonzero(tokens < 0)
+            tokens[unheard] = self._last[-1 - tokens[unheard]]
+        logits = self.model.forward(batch.paged, self.cache.kv, batch.rows)
+        draws = batch.draws
+        sampled = _EMPTY
+        if len(draws):
+            sampled = self.sampler.sample(
+                logits, draws[:, 1], draws[:, 2], draws[:, 3], draws[:, 4], draws[:, 5], counts
+            )
+            feeds = (draws[:, 5] & FEEDS_DEVICE) != 0
+            self._last[draws[feeds, 1]] = sampled.ids[feeds]
+        logprobs = sampled.logprobs
+        if logprobs is None:
+            logprobs = self._unknown(len(draws))
+        kept = None if sampled.top is None else draws.copy()
+        return Flight(sampled.ids, logprobs, sampled.top, kept, batch.num_tokens, (perf_counter() - start) * 1e3)
+
+    def _unknown(self, count: int) -> Array:
+        if count > len(self._nothing):
+            self._nothing = np.full(2 * count, np.nan, dtype=np.float32)
+        return self._nothing[:count]

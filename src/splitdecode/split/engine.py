@@ -1,0 +1,228 @@
+"""F5: two models taking turns over many sequences: tick() is the whole engine.
+
+    add -> waiting -> (a handle is free) -> scheduler -> tick, tick, ... -> retired, pages and handle free
+
+Flights are a FIFO per role: a step is launched, then landed when `depth` of them are in the air or nothing more can be
+launched. On a CPU the depth is one; at depth d the host hears of a token d - 1 steps late, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from time import monotonic
+
+from splitdecode._C import Event, Scheduler
+from splitdecode.config import EngineConfig, SamplingParams
+from splitdecode.runtime.batch import Batch, StepBuffers
+from splitdecode.runtime.runner import Flight, ModelRunner
+from splitdecode.runtime.sampler import Counts
+from splitdecode.split.outputs import CompletionOutput, Delta, RequestMetrics
+from splitdecode.split.policies import HandoffPolicy
+from splitdecode.split.roles import Pair, Role
+from splitdecode.split.sequence import SplitSequence
+from splitdecode.split.tokens import PairTokens
+from splitdecode.split.transcript import TextStream, Top, completion, count_models
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One answer being written: what was asked, where it stands, what came of it."""
+
+    prompts: Pair[list[int]]
+    params: SamplingParams
+    policy: HandoffPolicy
+    key: int
+    index: int
+    metrics: RequestMetrics
+    salt: bytes = b""
+    leader: Choice | None = None
+    stream: TextStream | None = None
+    sequence: SplitSequence | None = None
+    top: Top = field(default_factory=dict)
+    deltas: list[Delta] = field(default_factory=list)
+    output: CompletionOutput | None = None
+
+
+class Engine:
+    """Who steps next, what landed, what it means: `tick()` until nothing is unfinished."""
+
+    def __init__(
+        self,
+        runners: Pair[ModelRunner],
+        tokens: PairTokens,
+        config: EngineConfig,
+        eos_ids: Pair[list[int]],
+        max_len: Pair[int],
+    ) -> None:
+        self.runners, self.tokens, self.config, self.max_len = runners, tokens, config, max_len
+        specs = tuple((runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r]) for r in Role)
+        self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, config.depth)
+        self.buffers = Pair.of(self._buffers)
+        self.flights: Pair[deque[Flight]] = Pair(deque(), deque())
+        self.waiting: deque[Choice] = deque()
+        self.running: dict[int, Choice] = {}
+        self._penalised = 0
+
+    def add(self, choice: Choice) -> None:
+        """Queues an answer; it starts when a handle is free."""
+        choice.metrics.arrival_time = choice.metrics.arrival_time or monotonic()
+        self.waiting.append(choice)
+
+    @property
+    def unfinished(self) -> int:
+        """Answers waiting or being written."""
+        return len(self.waiting) + len(self.running)
+
+    def tick(self) -> None:
+        """Launches one step per model that has pending tokens, lands what is due, applies what it means."""
+        self._start_waiting()
+        launched = Pair(False, False)
+        try:
+            for role in Role:
+                if (batch := self.buffers[role].plan(self.scheduler, role)) is not None:
+                    launched[role] = True
+                    self.flights[role].append(self._launch(role, batch))
+        except BaseException:
+            self._abandon()
+            raise
+        for role in Role:
+            if self.flights[role] and (len(self.flights[role]) >= self.config.depth or not launched[role]):
+                self._land(role)
+
+    def abort(self, choice: Choice) -> None:
+        """Ends an answer where it stands; both lanes are freed."""
+        if choice in self.waiting:
+            self.waiting.remove(choice)
+            choice.output = CompletionOutput(choice.index, "", "", [], [], "abort", None)
+        elif choice.sequence is not None and choice.output is None:
+            self.scheduler.flush(choice.sequence.handle)
+            choice.sequence.finish("abort")
+            self._retire(choice)
+
+    # ---- starting
+
+    def _start_waiting(self) -> None:
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            self._start(self.waiting.popleft())
+
+    def _start(self, choice: Choice) -> None:
+        params, leader = choice.params, choice.leader
+        leads = leader.sequence.handle if leader and leader.sequence and leader.output is None else -1
+        handle = self.scheduler.add(
+            list(choice.prompts),
+            max_tokens=params.max_tokens if params.max_tokens is not None else sum(self.max_len),
+            min_tokens=params.min_tokens,
+            ignore_eos=params.ignore_eos,
+            skip_special=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+            exact=params.penalised,
+            stop_ids=list(params.stop_ids),
+            stops=[stop.encode() for stop in params.stop_strings],
+            salt=choice.salt,
+            leader=leads,
+        )
+        for runner in self.runners:
+            runner.sampler.set(handle, params, choice.key)
+        self._penalised += params.penalised
+        choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle)
+        self.running[handle] = choice
+        self._apply(choice.sequence.start(), started=choice)
+
+    # ---- stepping
+
+    def _launch(self, role: Role, batch: Batch) -> Flight:
+        return self.runners[role].launch(batch, self._counts(role, batch) if self._penalised else ())
+
+    def _counts(self, role: Role, batch: Batch) -> list[Counts]:
+        """What penalties count, for the rows that have any: ids of the lane up to the row's token, tags left out."""
+        out = []
+        for row, (token, seq) in enumerate(batch.draws[:, :2].tolist()):
+            if self.runners[role].sampler.needs_counts(seq):
+                stop = int(batch.paged.positions[token]) + 1
+                written = self.scheduler.counted_ids(seq, role, stop)
+                out.append(Counts(row, self.running[seq].prompts[role], written))
+        return out
+
+    def _land(self, role: Role) -> None:
+        flight = self.flights[role].popleft()
+        if flight.top is not None and flight.draws is not None:
+            for best, (_, seq, position, stream, _, _) in zip(flight.top, flight.draws.tolist(), strict=True):
+                if best is not None and seq in self.running:
+                    self.running[seq].top[role, position + (stream >> 8)] = best
+        self._apply(self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms))
+        self._look_out()
+
+    def _apply(self, events: list[Event], started: Choice | None = None) -> None:
+        queue = deque(events)
+        if started is not None:
+            self._retire_if_done(started)
+        while queue:
+            event = queue.popleft()
+            choice = self.running.get(event.seq)
+            if choice is None or choice.sequence is None:
+                continue
+            try:
+                queue.extend(choice.sequence.on(event))
+            except Exception as error:  # a policy's or a tokenizer's fault ends its own request only
+                choice.sequence.finish("error", f"{type(error).__name__}: {error}")
+            self._retire_if_done(choice)
+
+    def _look_out(self) -> None:
+        """First-token times, and the deltas of answers that stream."""
+        now = monotonic()
+        for handle, choice in self.running.items():
+            if choice.metrics.first_token_time is None and self.scheduler.content_size(handle):
+                choice.metrics.first_token_time = now
+            if choice.stream is not None:
+                choice.deltas += choice.stream.deltas(self.scheduler, handle, final=False)
+
+    # ---- ending
+
+    def _retire_if_done(self, choice: Choice) -> None:
+        if choice.sequence is not None and choice.sequence.finish_reason is not None:
+            self._retire(choice)
+
+    def _retire(self, choice: Choice) -> None:
+        sequence = choice.sequence
+        assert sequence is not None
+        handle, metrics = sequence.handle, choice.metrics
+        finish = (sequence.finish_reason, sequence.stop_reason)
+        choice.output = completion(
+            self.scheduler, handle, choice.index, choice.params, self.tokens.tags, choice.top, finish
+        )
+        if choice.stream is not None:
+            choice.deltas += choice.stream.deltas(self.scheduler, handle, final=True)
+        for role in Role:
+            metrics.models[role].add(count_models(self.scheduler, handle, role))
+            self.runners[role].sampler.clear(handle)
+        metrics.handoffs += sequence.handoffs
+        metrics.rejected_openings += sequence.rejected
+        metrics.preemptions += self.scheduler.preempted(handle)
+        metrics.finished_time = monotonic()
+        if metrics.first_token_time is None and choice.output.token_ids:
+            metrics.first_token_time = metrics.finished_time
+        self._penalised -= choice.params.penalised
+        self.scheduler.finish(handle)
+        del self.running[handle]
+
+    def _abandon(self) -> None:
+        """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""
+        for choice in [*self.waiting, *self.running.values()]:
+            self.abort(choice)
+        for role in Role:
+            while self.scheduler.in_flight(role):
+                flight = self.flights[role].popleft() if self.flights[role] else None
+                if flight is None:
+                    self.scheduler.discard_flight(role)
+                else:
+                    self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms)
+            self.runners[role].cache.pool.clear_cache()
+
+    def _buffers(self, role: Role) -> StepBuffers:
+        config, page = self.config, self.config.page_size
+        rows = config.max_num_seqs
+        pages = rows * (-(-self.max_len[role] // page))
+        draws = min(config.max_num_batched_tokens, max(64, rows * (config.read_interval + 1)))
+        return StepBuffers(page, config.max_num_batched_tokens, rows, pages, draws)
+

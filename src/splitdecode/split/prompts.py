@@ -1,0 +1,78 @@
+"""F5: what a caller may give as a prompt, and the ids each lane begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from splitdecode.errors import RequestError
+from splitdecode.split.roles import Pair, Role
+from splitdecode.split.tokens import HINT, PairTokens
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts; one prompt (a flat list of ids is ONE) becomes a list of one. Raises RequestError."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise RequestError(f"prompts: found {_short(prompts)}, expected a str, a list of token ids, "
+                           '{"prompt": str}, {"prompt_token_ids": ids}, or a non-empty list of these')  # fmt: skip
+    if all(isinstance(item, int) for item in prompts):
+        return [prompts]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def prompt_ids(tokens: PairTokens, prompt: Prompt, other: Prompt | None, limits: Pair[int]) -> Pair[list[int]]:
+    """The ids each lane begins with: `prompt` in both, or `other` in the large one. Raises RequestError."""
+    first = _encode(tokens, Role.SMALL, prompt, limits[Role.SMALL])
+    if other is not None:
+        return Pair(first, _encode(tokens, Role.LARGE, other, limits[Role.LARGE]))
+    text = _text(prompt)
+    if text is not None:
+        return Pair(first, _encode(tokens, Role.LARGE, text, limits[Role.LARGE]))
+    return Pair(first, tokens.project(Role.SMALL, first))
+
+
+def with_hint(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The conversation as the small model sees it: the hint sentence behind the last user message."""
+    said = list(messages)
+    for index in range(len(said) - 1, -1, -1):
+        message = said[index]
+        if isinstance(message, Mapping) and message.get("role") == "user" and isinstance(message.get("content"), str):
+            said[index] = {**message, "content": f"{message['content']}\n{HINT}"}
+            break
+    return said
+
+
+def _text(prompt: Prompt) -> str | None:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
+        return str(prompt["prompt"])
+    return None
+
+
+def _encode(tokens: PairTokens, role: Role, prompt: Prompt, limit: int) -> list[int]:
+    text = _text(prompt)
+    given = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
+    if text is not None:
+        ids = tokens.tokenizers[role].encode(text)
+    elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        ids = list(given)
+    else:
+        raise RequestError(f'prompt: found {_short(prompt)}, expected a str, a list of token ids, {{"prompt": str}} or '
+                           '{"prompt_token_ids": ids}')  # fmt: skip
+    if not ids:
+        raise RequestError(f"prompt: found no tokens for the {role} model, expected at least one")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < limit:
+            raise RequestError(f"prompt: found token id {token!r}, expected ids from 0 to {limit - 1} "
+                               f"(the {role} model's tokenizer)")  # fmt: skip
+    return ids
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,0 +1,399 @@
+"""F5: one request of a pair: its transcript, a lane per role, and the mechanics of changing hands.
+
+    small lane   prompt+hint  text  <bigmodel>  L1 L2 L3 L4   . </  bigmodel  >\\n  text
+                                                |- block -|   |---- confirm ----|
+    large lane   prompt       text              L1 L2 L3 L4 ...          (tags never)
+
+A span is what the large model writes between two tags. A block is the part of it that is provisional: written, not yet
+passed by the small model reading along. The scheduler owns ids, bytes and pages; this file only decides and retargets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from splitdecode._C import Event, EventKind, Phase, Scheduler
+from splitdecode.config import EngineConfig, SamplingParams, Stream
+from splitdecode.split.handoff import Action, Handoff
+from splitdecode.split.policies import CloseRule, ControlTags, HandoffPolicy, Opening
+from splitdecode.split.roles import Pair, Role
+from splitdecode.split.tokens import PairTokens
+
+SMALL, LARGE = Role.SMALL, Role.LARGE
+OPENING, CLOSING = 0, 1
+
+
+@dataclass(slots=True)
+class Block:
+    """Provisional large tokens as the small lane reads them; offsets count ids behind `base`, a small-lane position."""
+
+    base: int
+    ids: list[int]
+    stretches: list[tuple[int, list[int]]]  # (large tokens, small ids)
+    first: int  # small-lane position of the first draw
+    start: int  # content position of its first token
+    accepted: int = 0  # large tokens of the block that are content
+    candidate: int = -1
+    found: list[tuple[int, list[int]]] = field(default_factory=list)  # CONTINUE, "last": (candidate, continuation)
+
+    def tokens(self) -> int:
+        return sum(count for count, _ in self.stretches)
+
+    def whole(self, prefix: int) -> tuple[int, int]:
+        """(large tokens, small ids) of the stretches that lie within the first `prefix` ids."""
+        tokens = ids = 0
+        for count, part in self.stretches:
+            if ids + len(part) > prefix:
+                break
+            tokens, ids = tokens + count, ids + len(part)
+        return tokens, ids
+
+
+class SplitSequence:
+    """One request: transcript, a lane per role, hand-off state."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokens: PairTokens,
+        policy: HandoffPolicy,
+        config: EngineConfig,
+        params: SamplingParams,
+        handle: int,
+    ) -> None:
+        self.scheduler, self.tokens, self.config, self.handle = scheduler, tokens, config, handle
+        self.params = params
+        self.handoff = Handoff(policy)
+        self.policy = policy
+        self.projected = Pair(0, 0)  # content tokens each lane holds
+        self.span_start = 0  # content tokens before the span
+        self.span_base = 0  # large-lane position at which it starts
+        self.block: Block | None = None
+        self.handoffs = 0
+        self.rejected = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    # ---- the loop's two entries
+
+    def start(self) -> list[Event]:
+        """Gives the first pen; returns the events this raised."""
+        if self.policy.owner(0) is not LARGE:
+            return self._write_on()
+        return self._turn_to_large() if self._fits() else self.finish("length")
+
+    def on(self, event: Event) -> list[Event]:
+        """Applies one event; returns the events the action raised."""
+        action = self.handoff.on(event, self._position(), self._fits)
+        match action:
+            case Action.SWITCH:
+                return self._switch(event)
+            case Action.REJECT:
+                return self._reject(event)
+            case Action.TURN:
+                self._retarget(SMALL, int(self.scheduler.lane_state(self.handle, SMALL)["stable"]), [])
+                return self._turn_to_large()
+            case Action.ASK:
+                return self._ask()
+            case Action.ACCEPT:
+                return self._accept_block()
+            case Action.CONFIRM:
+                return self._try(event.a)
+            case Action.CLOSE:
+                return self._completed(event)
+            case Action.RESUME:
+                return self._resume()
+            case Action.FORCE:
+                return self._force()
+            case Action.STAY:
+                return self._write_on() if self.handoff.pen is SMALL else self._write_span()
+            case Action.FINISH:
+                return self._finish_on(event)
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> list[Event]:
+        """Nobody writes any more: 'stop', 'length', 'abort' or 'error'."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        return []
+
+    # ---- SMALL writes
+
+    def _write_on(self, scan_from: int = -1) -> list[Event]:
+        self.handoff.pen = SMALL
+        mark = self.policy.next_mark(self._position())
+        return self.scheduler.write(
+            self.handle,
+            SMALL,
+            Phase.SCAN,
+            Stream.WRITE0.word(),
+            mark=-1 if mark is None else mark,
+            scan_from=scan_from,
+            open_is_event=self.policy.opening is not Opening.IGNORE,
+        )
+
+    def _switch(self, event: Event) -> list[Event]:
+        """The opening tag ends inside token c: what follows in it is dropped, the lane healed."""
+        last = self._lane_bytes(SMALL, event.c, event.c + 1)
+        if event.d < len(last):
+            self._retarget(SMALL, event.c, self.tokens.encode(SMALL, last[: event.d]), in_tag=True)
+        return self._begin_span()
+
+    def _reject(self, event: Event) -> list[Event]:
+        written = self._lane_bytes(SMALL, event.b, event.c) + self._lane_bytes(SMALL, event.c, event.c + 1)[: event.d]
+        residue = written[: len(written) - len(self.tokens.tags[OPENING].encode())]
+        self._retarget(SMALL, event.b, self.tokens.encode(SMALL, residue) if residue else [])
+        self.scheduler.refuse(self.handle, SMALL)
+        self.rejected += 1
+        return self._write_on()
+
+    def _turn_to_large(self) -> list[Event]:
+        """A switch by position: the policy says so, not a tag."""
+        if self.policy.tags:
+            if self.scheduler.room(self.handle, SMALL) <= len(self.tokens.tag_ids[OPENING]):
+                return self.finish("length")
+            self._retarget(SMALL, self._size(SMALL), self.tokens.tag_ids[OPENING], in_tag=True)
+            self.scheduler.log_tag(self.handle, OPENING)
+        return self._begin_span()
+
+    # ---- LARGE writes
+
+    def _begin_span(self) -> list[Event]:
+        self.projected[SMALL] = self._position()
+        self._catch_up(LARGE)
+        self.handoff.pen = LARGE
+        self.handoffs += 1
+        self.span_start, self.span_base = self._position(), self._size(LARGE)
+        return self._write_span()
+
+    def _write_span(self) -> list[Event]:
+        position = self._position()
+        if not self.policy.reads_along:
+            mark = self.policy.next_mark(position)
+            return self.scheduler.write(
+                self.handle, LARGE, Phase.DIRECT, Stream.WRITE1.word(), mark=-1 if mark is None else mark
+            )
+        waiting = len(self.scheduler.provisional(self.handle))
+        room = self.scheduler.room(self.handle, SMALL)
+        if room <= 0 or (waiting and self.scheduler.has_ending(self.handle)):
+            return self.finish("length")
+        if self.scheduler.room(self.handle, LARGE) <= 0:
+            return self._force()
+        by_tags = self.policy.owner(position) is None
+        return self.scheduler.write(
+            self.handle,
+            LARGE,
+            Phase.PROVISIONAL,
+            Stream.WRITE1.word(),
+            interval=waiting + min(self.config.read_interval, room),
+            mark=self.span_start + self.config.max_span if by_tags else -1,
+        )
+
+    def _ask(self) -> list[Event]:
+        """The small lane reads the provisional tokens; as many as its context has room for."""
+        ids = [int(i) for i in self.scheduler.provisional(self.handle)]
+        if not ids:
+            return self.scheduler.accept(self.handle, 0)  # EOS behind nothing: it ends the answer
+        final = self.scheduler.has_ending(self.handle) or self.scheduler.at_limit(self.handle, LARGE)
+        stretches = self.tokens.stretches(LARGE, ids, final=final)
+        if not stretches:
+            return self._write_span()
+        room = self.scheduler.room(self.handle, SMALL)
+        fitting: list[tuple[int, list[int]]] = []
+        for count, part in stretches:
+            room -= len(part)
+            if room < 0:
+                break
+            fitting.append((count, part))
+        if not fitting:
+            return self.finish("length")
+        base = self._size(SMALL)
+        flat = [i for _, part in fitting for i in part]
+        opened = self._position() == self.span_start
+        first = base + len(fitting[0][1]) - 1 if opened else base
+        self.block = Block(base, flat, fitting, first, start=self._position())
+        self._retarget(SMALL, base, flat)
+        if self.policy.close_rule is CloseRule.CONTINUE and self.policy.owner(self._position()) is None:
+            return self._try(0)
+        self.scheduler.read(self.handle, SMALL, self.block.first, Stream.CLOSE.word())
+        return []
+
+    # ---- LARGE has written, SMALL decides
+
+    def _prefix(self, candidate: int) -> int:
+        """Ids of the block before the candidate's first token."""
+        block = self._block()
+        if self.policy.close_rule is CloseRule.CONTINUE:
+            return sum(len(part) for _, part in block.stretches[: candidate + 1])
+        return block.first - block.base + candidate + 1
+
+    def _try(self, candidate: int) -> list[Event]:
+        block = self._block()
+        block.candidate = candidate
+        prefix = self._prefix(candidate)
+        rule = self.policy
+        if not (isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE):
+            if events := self._accept(block.whole(prefix)[0]):
+                return events
+            steps, draw = 0, candidate
+        else:
+            if rule.which == "first" and (events := self._accept(block.whole(prefix)[0])):
+                return events
+            steps, draw = rule.probe_tokens, -1
+        if block.base + prefix >= self._limit(SMALL):
+            return self.finish("length") if draw >= 0 or rule.which == "first" else self._decided()
+        stream = Stream.CONFIRM.word()
+        return self.scheduler.confirm(self.handle, SMALL, block.base + prefix, draw, steps, stream)
+
+    def _completed(self, event: Event) -> list[Event]:
+        block, rule = self._block(), self.policy
+        if isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE:
+            start = block.base + self._prefix(block.candidate)
+            ids = [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, start, event.c)]
+            ids += self.tokens.encode(SMALL, self._lane_bytes(SMALL, event.c, event.c + 1)[: event.d])
+            block.found.append((block.candidate, ids))
+            return self._decided() if rule.which == "first" else self._resume()
+        return self._close(block.candidate)
+
+    def _resume(self) -> list[Event]:
+        """The candidate is settled for now: restore what was read, go on at the next prefix."""
+        block = self._block()
+        self._retarget(SMALL, block.base, block.ids)
+        following = block.candidate + 1
+        if self.policy.close_rule is CloseRule.CONTINUE:
+            return self._try(following) if following < len(block.stretches) else self._decided()
+        draws = self.scheduler.draws(self.handle)
+        while following < len(draws):
+            if self.scheduler.enters(SMALL, CLOSING, draws[following]):
+                return self._try(following)
+            following += 1
+        return self._accept_block()
+
+    def _decided(self) -> list[Event]:
+        """CONTINUE: every prefix was tried; the last match (or the only one) wins, or there was none."""
+        block = self._block()
+        self._retarget(SMALL, block.base, block.ids)
+        if not block.found:
+            return self._accept_block()
+        candidate, ids = block.found[-1]
+        prefix = self._prefix(candidate)
+        if events := self._accept(block.whole(prefix)[0]):
+            return events
+        self._retarget(SMALL, block.base + prefix, ids)
+        return self._close(candidate)
+
+    def _accept(self, tokens: int) -> list[Event]:
+        """The block's first `tokens` large tokens are content."""
+        block = self._block()
+        fresh, block.accepted = tokens - block.accepted, tokens
+        return self.scheduler.accept(self.handle, fresh)
+
+    def _accept_block(self) -> list[Event]:
+        block = self._block()
+        if self.policy.owner(self.span_start) is not None:  # a forced span ends where the policy says
+            stop = self.policy.next_mark(self.span_start)
+            self.scheduler.set_mark(self.handle, -1 if stop is None else stop)
+        if events := self._accept(block.tokens()):
+            return events
+        return self._write_span()
+
+    # ---- back to SMALL
+
+    def _close(self, candidate: int) -> list[Event]:
+        """The small lane holds the closing tag behind the candidate's prefix; the rest of the large text is dropped."""
+        block = self._block()
+        prefix = self._prefix(candidate)
+        _, ids = block.whole(prefix)
+        self.scheduler.drop_provisional(self.handle)
+        keep = self.span_base + self._position() - self.span_start
+        cut = self.tokens.bytes_of(SMALL, block.ids[ids:prefix])  # a large token cut inside: unequal tokenizers only
+        residue = self.tokens.encode(LARGE, cut) if cut else []
+        self._retarget(LARGE, keep, residue)
+        if residue and (events := self.scheduler.emit(self.handle, LARGE, residue)):
+            return events
+        return self._return_pen(block.base + prefix)
+
+    def _force(self) -> list[Event]:
+        """The span ends here, asked or not."""
+        written = self._position() - self.span_start
+        if self.policy.reads_along:
+            self.scheduler.drop_provisional(self.handle)
+            self._retarget(LARGE, self.span_base + written, [])
+            if self.block is not None:
+                self._retarget(SMALL, self.block.base, self._read_ids(self.block))
+        else:
+            if not self._catch_up(SMALL):
+                return self.finish("length")
+        start = self._size(SMALL)
+        if self.policy.tags:
+            if self.scheduler.room(self.handle, SMALL) < len(self.tokens.tag_ids[CLOSING]):
+                return self.finish("length")
+            self._retarget(SMALL, start, self.tokens.tag_ids[CLOSING])
+        return self._return_pen(start)
+
+    def _read_ids(self, block: Block) -> list[int]:
+        """What the small lane keeps of a block whose first tokens only became content."""
+        kept = self._position() - block.start
+        ids: list[int] = []
+        for count, part in block.stretches:
+            if count > kept:
+                if kept:
+                    authors = [int(i) for i in self.scheduler.content(self.handle, self._position() - kept)[0]]
+                    ids += self.tokens.project(LARGE, authors)
+                break
+            ids += part
+            kept -= count
+        return ids
+
+    def _return_pen(self, scan_from: int) -> list[Event]:
+        self.block = None
+        self.projected[LARGE] = self.projected[SMALL] = self._position()
+        return self._write_on(scan_from)
+
+    def _finish_on(self, event: Event) -> list[Event]:
+        kind = event.kind
+        if kind == EventKind.BROKEN:
+            return self.finish("error", "NaN logits")
+        if kind == EventKind.END:
+            return self.finish("stop", event.a if event.a in self.params.stop_ids else None)
+        if kind == EventKind.STOP:
+            return self.finish("stop", self.params.stop_strings[event.a])
+        if kind == EventKind.FULL and self.handoff.pen is SMALL:
+            self.scheduler.flush(self.handle)
+        return self.finish("length")
+
+    # ---- small words
+
+    def _block(self) -> Block:
+        assert self.block is not None
+        return self.block
+
+    def _position(self) -> int:
+        return self.scheduler.content_size(self.handle)
+
+    def _size(self, role: Role) -> int:
+        return self.scheduler.size(self.handle, role)
+
+    def _limit(self, role: Role) -> int:
+        return self._size(role) + self.scheduler.room(self.handle, role)
+
+    def _fits(self) -> bool:
+        """Whether the large lane can take what it owes and one token more."""
+        return self.scheduler.room(self.handle, LARGE) > len(self._owed(LARGE))
+
+    def _owed(self, role: Role) -> list[int]:
+        ids = [int(i) for i in self.scheduler.content(self.handle, self.projected[role])[0]]
+        return self.tokens.project(role.other, ids)
+
+    def _catch_up(self, role: Role) -> bool:
+        """The lane owes what the other model wrote meanwhile; nothing runs yet. False: it does not fit."""
+        ids = self._owed(role)
+        if len(ids) > self.scheduler.room(self.handle, role):
+            return False
+        self._retarget(role, self._size(role), ids)
+        self.projected[role] = self._position()
+        return True
+
+    def _retarget(self, role: Role, keep: int, ids: list[int], *, in_tag: bool = False) -> None:
+        self.scheduler.retarget(self.handle, role, keep, ids, in_tag)
+
+    def _lane_bytes(self, role: Role, start: int, stop: int) -> bytes:
+        return self.tokens.bytes_of(role, [int(i) for i in self.scheduler.lane_ids(self.handle, role, start, stop)])

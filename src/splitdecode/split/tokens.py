@@ -1,0 +1,92 @@
+"""F5: text <-> ids for a pair: what one model wrote, as the other must read it.
+
+Equal tokenizers hand ids over as they are. Unequal ones re-encode: what the small model wrote is encoded at the seam,
+in one piece; what the large one writes is encoded in stretches, the shortest runs of its tokens that end on a UTF-8
+boundary, so that the small lane's ids never depend on how often one reads along.
+
+    large tokens   [ Fran ][ çois \xe2 ][ \x80\x94 ][ but ]
+    stretches      |------||-------------------- ||------|      each is encoded on its own
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from splitdecode import _C
+from splitdecode.errors import RequestError
+from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.roles import Pair, Role
+
+OPEN_TAG, CLOSE_TAG = "<bigmodel>", "</bigmodel>"
+HINT = "You always use <bigmodel>...</bigmodel> to mark parts of the reasoning process that are important."
+
+
+class PairTokens:
+    """Both tokenizers of a pair, and the way from the one's ids to the other's."""
+
+    def __init__(self, tokenizers: Pair[Tokenizer], tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG)) -> None:
+        """Raises RequestError when a tag cannot be written in the small model's tokens."""
+        self.tokenizers = tokenizers
+        self.tags = tags
+        self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
+        self.vocabularies = tokenizers.map(_vocabulary)
+        self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
+
+    def bytes_of(self, role: Role, ids: Sequence[int]) -> bytes:
+        """The bytes `ids` of that role's tokenizer stand for."""
+        table = self.tokenizers[role].token_bytes
+        return b"".join(table[i] for i in ids)
+
+    def encode(self, role: Role, data: bytes) -> list[int]:
+        """A piece of mid-stream text in that role's ids."""
+        return self.tokenizers[role].encode_bytes(data)
+
+    def project(self, author: Role, ids: Sequence[int]) -> list[int]:
+        """Finished text by `author`, as the other model reads it."""
+        if self.same:
+            return list(ids)
+        return self.encode(author.other, self.bytes_of(author, ids))
+
+    def stretches(self, author: Role, ids: Sequence[int], *, final: bool) -> list[tuple[int, list[int]]]:
+        """Text that still grows: [(tokens of the author, the other model's ids)], one entry per stretch.
+
+        final: an incomplete character at the end is a stretch too; else it waits.
+        """
+        if self.same:
+            return [(1, [i]) for i in ids]
+        table, out, start = self.tokenizers[author].token_bytes, [], 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for index, token in enumerate(ids):
+            decoder.decode(table[token])
+            if decoder.getstate()[0] == b"" or (final and index + 1 == len(ids)):
+                piece = self.bytes_of(author, ids[start : index + 1])
+                out.append((index + 1 - start, self.encode(author.other, piece)))
+                start = index + 1
+        return out
+
+    def containing_tag(self, role: Role) -> list[int]:
+        """Ids whose text holds a whole control tag: the large model must not write them."""
+        tags = [tag.encode() for tag in self.tags]
+        return [i for i, text in enumerate(self.tokenizers[role].token_bytes) if any(tag in text for tag in tags)]
+
+    def entering(self, role: Role, tag: str) -> list[int]:
+        """Ids that hold `tag` or end in a part of it, read on their own."""
+        matcher = _C.ByteMatcher([tag])
+        return [i for i, text in enumerate(self.tokenizers[role].token_bytes) if text and matcher.enters(text)]
+
+
+def _vocabulary(tokenizer: Tokenizer) -> _C.Vocabulary:
+    table = tokenizer.token_bytes
+    flags = bytes(1 if i in tokenizer.special_ids else 0 for i in range(len(table)))
+    return _C.Vocabulary(table, flags, tokenizer.encode_bytes)
+
+
+def _tag_ids(tokenizer: Tokenizer, tag: str) -> list[int]:
+    added = tokenizer.id_of(tag)
+    if added is not None:
+        return [added]
+    try:
+        return tokenizer.encode_bytes(tag.encode())
+    except RequestError as error:
+        raise RequestError(f"the control tag {tag!r} cannot be written by the small model's tokenizer") from error

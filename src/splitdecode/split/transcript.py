@@ -1,0 +1,133 @@
+"""F5: from what the scheduler holds of a sequence to text, spans and log-probs."""
+
+from __future__ import annotations
+
+import codecs
+from itertools import groupby
+
+import numpy as np
+
+from splitdecode._C import Scheduler
+from splitdecode.config import SamplingParams
+from splitdecode.runtime.sampler import Array
+from splitdecode.split.outputs import CompletionOutput, Delta, ModelMetrics, ModelSpan
+from splitdecode.split.roles import Role
+
+Top = dict[tuple[int, int], tuple[Array, Array]]  # (role, position) -> likeliest ids and their log-probs
+
+
+def completion(
+    scheduler: Scheduler,
+    handle: int,
+    index: int,
+    params: SamplingParams,
+    tags: tuple[str, str],
+    top: Top,
+    finish: tuple[str | None, int | str | None],
+) -> CompletionOutput:
+    """The answer as it stands."""
+    ids, authors, origins, logprobs, ends = scheduler.content(handle)
+    total = int(ends[-1]) if len(ends) else 0
+    cut = scheduler.text_end(handle)
+    data = scheduler.content_bytes(handle, 0, total if cut < 0 else cut)
+    raw, at = [], 0
+    for offset, pattern in scheduler.tags(handle):
+        if offset <= len(data):
+            raw += [data[at:offset], tags[pattern].encode()]
+            at = offset
+    raw.append(data[at:])
+    wanted = None
+    if params.logprobs is not None:
+        wanted = [_logprobs(*token, top) for token in zip(ids, authors, origins, logprobs, strict=True)]
+    known = logprobs[~np.isnan(logprobs)]
+    return CompletionOutput(
+        index=index,
+        text=data.decode("utf-8", "replace"),
+        raw_text=b"".join(raw).decode("utf-8", "replace"),
+        token_ids=[int(i) for i in ids],
+        spans=spans(authors),
+        finish_reason=finish[0],
+        stop_reason=finish[1],
+        logprobs=wanted,
+        cumulative_logprob=float(known.sum()) if wanted is not None else None,
+    )
+
+
+def spans(authors: Array) -> list[ModelSpan]:
+    """Runs of equal authors [n] (role numbers), half-open."""
+    out, start = [], 0
+    for author, run in groupby(authors.tolist()):
+        stop = start + sum(1 for _ in run)
+        out.append(ModelSpan(str(Role(author)), start, stop))
+        start = stop
+    return out
+
+
+def _logprobs(token: int, author: int, origin: int, logprob: float, top: Top) -> dict[int, float] | None:
+    if np.isnan(logprob):
+        return None
+    best = top.get((int(author), int(origin)))
+    found = {} if best is None else {int(i): float(p) for i, p in zip(*best, strict=True)}
+    return {**found, int(token): float(logprob)}
+
+
+def count_models(scheduler: Scheduler, handle: int, role: Role) -> ModelMetrics:
+    """One model's counters for a sequence."""
+    stats = scheduler.stats(handle, role)
+    authors = scheduler.content(handle)[1]
+    return ModelMetrics(
+        tokens=int((authors == role).sum()),
+        forwards=stats["forwards"],
+        ms=stats["ms"],
+        prompt_tokens=stats["prompt_tokens"],
+        catch_up_tokens=stats["catchup_tokens"],
+        catch_up_forwards=stats["catchup_forwards"],
+        read_tokens=stats["read_tokens"],
+        discarded_tokens=stats["discarded"],
+        cached_tokens=stats["cached_tokens"],
+    )
+
+
+class TextStream:
+    """Cuts the settled text of one sequence into deltas, by author and at UTF-8 boundaries."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._sent = 0  # bytes
+        self._token = 0  # the first content token not sent whole
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def deltas(self, scheduler: Scheduler, handle: int, *, final: bool) -> list[Delta]:
+        """What became certain since the last call; with `final`, everything that is left."""
+        stop = scheduler.settled_bytes(handle)
+        if final and (cut := scheduler.text_end(handle)) < 0:
+            ends = scheduler.content(handle, self._token)[4]
+            stop = max(stop, int(ends[-1]) if len(ends) else 0)
+        elif final:
+            stop = cut
+        if stop <= self._sent and not final:
+            return []
+        _, authors, _, _, ends = scheduler.content(handle, self._token)
+        out: list[Delta] = []
+        author = 0
+        for author, end in zip(authors.tolist(), ends.tolist(), strict=True):
+            upto = min(end, stop)
+            if upto > self._sent:
+                text = self._decoder.decode(scheduler.content_bytes(handle, self._sent, upto))
+                self._sent = upto
+                out.append(Delta(text, str(Role(author)), self.index))
+            if end > stop:
+                break
+            self._token += 1
+        if final:
+            out.append(Delta(self._decoder.decode(b"", True), str(Role(author)), self.index))
+        return _joined(out)
+
+
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """Neighbours by one author become one; empty ones vanish."""
+    out = []
+    for model, run in groupby((d for d in deltas if d.text), key=lambda d: d.model):
+        pieces = list(run)
+        out.append(Delta("".join(d.text for d in pieces), model, pieces[0].index))
+    return out
