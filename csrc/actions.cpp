@@ -130,6 +130,9 @@ std::vector<Event> Scheduler::write(int32_t seq, int32_t lane_id, const WriteMod
     if (mode.phase == Phase::DIRECT) lane.stable = lane.size();
     if (sequence.holding && sequence.scan_from(mode.scan_from < 0 ? lane.size() : mode.scan_from, 0, events)) {
         cancel_all(sequence);
+    } else if (mode.mark >= 0 && static_cast<int32_t>(sequence.content.size()) >= mode.mark) {
+        cancel_all(sequence);
+        sequence.raise(events, {EventKind::MARK, seq});
     } else if (lane.size() >= spec(lane_id).max_len) {
         cancel_all(sequence);
         sequence.raise(events, {EventKind::FULL, seq, lane_id});
@@ -182,8 +185,10 @@ std::vector<Event> Scheduler::accept(int32_t seq, int32_t k) {
     return events;
 }
 
+// The caller is about to hand the pen on, so a mark does not count here.
 std::vector<Event> Scheduler::emit(int32_t seq, int32_t author, const std::vector<int32_t>& ids) {
     std::vector<Event> events;
+    at(seq).mark = -1;
     for (int32_t id : ids)
         if (at(seq).emit(author, id, no_logprob, -1, events)) break;
     return events;

@@ -197,6 +197,9 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
             },
             "seq"_a, "author"_a, "ids"_a, "Residue ids become content.")
         .def("drop_provisional", &Scheduler::drop_provisional, "seq"_a)
+        .def(
+            "drop_ending", [](Scheduler& self, int32_t seq) { self.at(seq).ending.id = -1; }, "seq"_a,
+            "The EOS behind the provisional tokens is not reached.")
         .def("refuse", &Scheduler::refuse, "seq"_a, "lane"_a)
         .def(
             "set_mark", [](Scheduler& self, int32_t seq, int32_t mark) { self.at(seq).mark = mark; }, "seq"_a, "mark"_a)

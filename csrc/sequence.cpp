@@ -123,7 +123,11 @@ bool Sequence::found_tag(int32_t pattern, int32_t position, int32_t end, std::ve
     if (release_until(start.position, events)) return true;
     const std::string& first = words.bytes(lane.ids[static_cast<size_t>(start.position)]);
     const auto from = static_cast<size_t>(held_skip_);
-    if (emit_residue(active, first.substr(from, static_cast<size_t>(start.offset) - from), events)) return true;
+    // The lane is healed by the caller, so a mark reached here is raised by the write() that follows.
+    const int32_t mark_after = std::exchange(mark, -1);
+    const bool raised = emit_residue(active, first.substr(from, static_cast<size_t>(start.offset) - from), events);
+    mark = mark_after;
+    if (raised) return true;
     tag_log.emplace_back(static_cast<int32_t>(bytes.size()), pattern);
     for (int32_t p = start.position; p <= position; ++p) lane.tag[static_cast<size_t>(p)] = 1;
     tag_state_ = ByteMatcher::start;

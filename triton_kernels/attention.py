@@ -61,7 +61,7 @@ class PagedBatch:
 
 
 class RowPlan(NamedTuple):
-    """One row, tokens [begin, end): `kv_len` keys read in place in `runs` of (first slot, length), or by `gather` [kv_len].
+    """One row, tokens [begin, end): `kv_len` keys read in place in `runs` of (first slot, length), or gathered.
 
     mask: [T * G, kv_len] additive; None for one query, and for rows so long that masks are made per chunk.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from splitdecode.errors import CheckpointError, RequestError
 from splitdecode.models.sandbox import MAX_TEXT, Meter, Sandbox

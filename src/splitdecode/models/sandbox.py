@@ -23,21 +23,25 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 
 MAX_TEXT = 4 << 20  # characters of one string
 MAX_VOLUME = 64 << 20  # characters of all strings built in one rendering
-MAX_STEPS = 1_000_000  # loop turns, calls and range() members of one rendering
-MAX_SECONDS = 10.0
+MAX_STEPS = 1_000_000  # of one rendering: a loop turn or a member of a range() is one, a call is _CALL_STEPS
+MAX_SECONDS = 5.0
+_CALL_STEPS = 8  # a call of a macro takes about as long as so many turns of a loop
 
 _STRING_METHODS = frozenset(
-    "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit "
-    "islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace "
-    "rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill".split()
+    """
+    capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit
+    islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind
+    rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
+    """.split()  # noqa: SIM905
 )
 _METHODS: dict[type, frozenset[str]] = {
     str: _STRING_METHODS,
@@ -46,10 +50,14 @@ _METHODS: dict[type, frozenset[str]] = {
     tuple: frozenset({"count", "index"}),
 }
 _FILTERS = frozenset(
-    "abs capitalize count d default dictsort escape e first float groupby int items last length list lower map max min "
-    "reject rejectattr reverse select selectattr sort title trim truncate unique upper wordcount".split()
+    """
+    abs capitalize count d default dictsort escape e first float groupby int items last length list lower map max min
+    reject rejectattr reverse select selectattr sort title trim truncate unique upper wordcount
+    """.split()  # noqa: SIM905
 )
-_WIDE = re.compile(r"\d{4,}|\*")  # a width or precision of four digits, or one taken from the arguments
+# A width or precision of four digits, or one that the arguments bring.
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-#0 +]*(\*|\d{4}|\d*\.(\*|\d{4}))")
+_WIDE_FORMAT = re.compile(r"\{[^{}]*(\d{4}|\{)")
 
 
 class Meter:
@@ -93,11 +101,17 @@ class Meter:
                 break
         return total
 
+    def light(self, value: Any) -> Any:
+        """`value` itself, unless it is data whose walk (to compare, sort or print it) would not end soon."""
+        if isinstance(value, (list, tuple, dict)) and self.weight(value) > MAX_TEXT:
+            raise SecurityError(f"data of more than {MAX_TEXT} characters")
+        return value
+
 
 class Generation(Extension):
     """`{% generation %}` marks what an assistant wrote, for training; here its body is simply rendered."""
 
-    tags = {"generation"}  # noqa: RUF012 -- Jinja's own protocol
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja says set and only reads
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements up to `{% endgeneration %}`."""
@@ -123,12 +137,19 @@ class _Metered(NodeTransformer):
         parts = nodes.List(node.nodes, lineno=node.lineno, environment=self._environment)
         return self._filter(parts, "_joined")
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = self._filter(node.expr, "_light")
+        for operand in node.ops:
+            operand.expr = self._filter(operand.expr, "_light")
+        return node
+
     def visit_NSRef(self, node: nodes.NSRef) -> nodes.Node:
         if node.attr.startswith("_"):
             raise SecurityError(f"a namespace attribute {node.attr}")
         return node
 
-    def _filter(self, value: nodes.Expr, name: str) -> nodes.Filter:
+    def _filter(self, value: nodes.Node, name: str) -> nodes.Filter:
         return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno, environment=self._environment)
 
 
@@ -138,10 +159,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0)
         self.meter = Meter()
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, loopcontrols],
+            finalize=self._text,
+            cache_size=0,
+        )
         kept = {name: self._metered(self.filters[name]) for name in _FILTERS}
         own: dict[str, Callable[..., Any]] = {
+            "_light": lambda value: self.meter.light(value),
             "_looped": self._looped,
             "_joined": lambda parts: self._join("", parts),
             "center": lambda text, width=80: self._string_method(str(text), "center", (width,), {}),
@@ -155,6 +183,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "tojson": self._tojson,
         }
         self.filters = kept | own
+        self.tests = {name: self._metered(test) for name, test in self.tests.items()}
         self.globals = {
             "range": self._range,
             "dict": lambda *pairs, **named: dict(*pairs, **named),
@@ -171,26 +200,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _Metered(self).visit(tree)
         return self.from_string(tree)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         """What macros and `{% set %}` blocks assemble."""
         parts = list(pieces)
         self.meter.size(sum(map(len, parts)))
         return "".join(parts)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Every call a template writes down."""
-        __self.meter.tick()
+        __self.meter.tick(_CALL_STEPS)
         owner = getattr(__obj, "__self__", None)
         for kind, allowed in _METHODS.items():
             if isinstance(owner, kind):
                 name = getattr(__obj, "__name__", "")
                 if name not in allowed:
                     raise SecurityError(f"the method {kind.__name__}.{name}")
-                return __self._counted(
-                    __self._string_method(owner, name, args, kwargs)
-                    if isinstance(owner, str)
-                    else super().call(__context, __obj, *args, **kwargs)
-                )
+                if not isinstance(owner, str):
+                    return __self._counted(super().call(__context, __obj, *args, **kwargs))
+                given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
+                return __self._counted(__self._string_method(owner, name, args, given))
         if isinstance(owner, (int, float, bytes, complex)):
             raise SecurityError(f"the method {type(owner).__name__}.{getattr(__obj, '__name__', '')}")
         return super().call(__context, __obj, *args, **kwargs)
@@ -224,10 +252,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _string_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "format":
-            if _WIDE.search(text) or re.search(r"\{[^{}]*\{", text.replace("{{", "")):
+            if _WIDE_FORMAT.search(text.replace("{{", "")):
                 raise SecurityError("a width taken from the arguments, or of four digits, in str.format")
             self.meter.size(len(text) + text.count("{") * (self.meter.weight([*args, *kwargs.values()]) + 1000))
-            return self.format_string(text, args, kwargs)
+            return SandboxedFormatter(self).vformat(text, args, kwargs)
         if name == "replace":
             return self._replace(text, *args, **kwargs)
         if name == "join":
@@ -253,10 +281,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return parts if attribute is None else [self.getitem(part, attribute) for part in parts]
 
     def _percent(self, text: str, right: Any) -> str:
-        if _WIDE.search(text):
+        if _WIDE_PERCENT.search(text):
             raise SecurityError("a width taken from the arguments, or of four digits, in %")
         self.meter.size(len(text) + text.count("%") * (self.meter.weight(right) + 1000))
-        return text % right
+        formatted: str = text % right
+        return formatted
 
     def _indent(self, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
         text = self._text(text)
@@ -323,6 +352,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # keeps Jinja's pass_environment mark, which lies in __dict__
         def metered(*args: Any, **kwargs: Any) -> Any:
             self.meter.tick()
+            for value in (*args, *kwargs.values()):
+                self.meter.light(value)
             return self._counted(function(*args, **kwargs))
 
         return metered

@@ -89,6 +89,8 @@ class Engine:
         for role in Role:
             if self.flights[role] and (len(self.flights[role]) >= self.config.depth or not launched[role]):
                 self._land(role)
+        if not self.unfinished:
+            self._drain()
 
     def abort(self, choice: Choice) -> None:
         """Ends an answer where it stands; both lanes are freed."""
@@ -167,6 +169,12 @@ class Engine:
             except Exception as error:  # a policy's or a tokenizer's fault ends its own request only
                 choice.sequence.finish("error", f"{type(error).__name__}: {error}")
             self._retire_if_done(choice)
+
+    def _drain(self) -> None:
+        """Lands what is still in the air, so that every page is back."""
+        for role in Role:
+            while self.flights[role]:
+                self._land(role)
 
     def _look_out(self) -> None:
         """First-token times, and the deltas of answers that stream."""

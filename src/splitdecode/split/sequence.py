@@ -91,7 +91,7 @@ class SplitSequence:
             case Action.REJECT:
                 return self._reject(event)
             case Action.TURN:
-                self._retarget(SMALL, int(self.scheduler.lane_state(self.handle, SMALL)["stable"]), [])
+                self._drop_held()
                 return self._turn_to_large()
             case Action.ASK:
                 return self._ask()
@@ -105,8 +105,11 @@ class SplitSequence:
                 return self._resume()
             case Action.FORCE:
                 return self._force()
+            case Action.STAY if self.handoff.pen is SMALL:
+                self._drop_held()
+                return self._write_on()
             case Action.STAY:
-                return self._write_on() if self.handoff.pen is SMALL else self._write_span()
+                return self._write_span()
             case Action.FINISH:
                 return self._finish_on(event)
 
@@ -130,11 +133,13 @@ class SplitSequence:
             open_is_event=self.policy.opening is not Opening.IGNORE,
         )
 
+    def _drop_held(self) -> None:
+        """Tokens behind a mark are drawn again by whoever writes there."""
+        self._retarget(SMALL, int(self.scheduler.lane_state(self.handle, SMALL)["stable"]), [])
+
     def _switch(self, event: Event) -> list[Event]:
         """The opening tag ends inside token c: what follows in it is dropped, the lane healed."""
-        last = self._lane_bytes(SMALL, event.c, event.c + 1)
-        if event.d < len(last):
-            self._retarget(SMALL, event.c, self.tokens.encode(SMALL, last[: event.d]), in_tag=True)
+        self._retarget(SMALL, event.c, self._cut(event.c, event.d), in_tag=True)
         return self._begin_span()
 
     def _reject(self, event: Event) -> list[Event]:
@@ -248,7 +253,7 @@ class SplitSequence:
         if isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE:
             start = block.base + self._prefix(block.candidate)
             ids = [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, start, event.c)]
-            ids += self.tokens.encode(SMALL, self._lane_bytes(SMALL, event.c, event.c + 1)[: event.d])
+            ids += self._cut(event.c, event.d)
             block.found.append((block.candidate, ids))
             return self._decided() if rule.which == "first" else self._resume()
         return self._close(block.candidate)
@@ -291,6 +296,8 @@ class SplitSequence:
         if self.policy.owner(self.span_start) is not None:  # a forced span ends where the policy says
             stop = self.policy.next_mark(self.span_start)
             self.scheduler.set_mark(self.handle, -1 if stop is None else stop)
+        if self.scheduler.room(self.handle, SMALL) <= 0:
+            self.scheduler.drop_ending(self.handle)  # the small context is full before the EOS would be read
         if events := self._accept(block.tokens()):
             return events
         return self._write_span()
@@ -394,6 +401,13 @@ class SplitSequence:
 
     def _retarget(self, role: Role, keep: int, ids: list[int], *, in_tag: bool = False) -> None:
         self.scheduler.retarget(self.handle, role, keep, ids, in_tag)
+
+    def _cut(self, position: int, end: int) -> list[int]:
+        """The first `end` bytes of the small lane's token at `position`, as ids: the token itself where that is all."""
+        whole = self._lane_bytes(SMALL, position, position + 1)
+        if end == len(whole):
+            return [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, position, position + 1)]
+        return self.tokens.encode(SMALL, whole[:end])
 
     def _lane_bytes(self, role: Role, start: int, stop: int) -> bytes:
         return self.tokens.bytes_of(role, [int(i) for i in self.scheduler.lane_ids(self.handle, role, start, stop)])

@@ -30,12 +30,6 @@ def completion(
     total = int(ends[-1]) if len(ends) else 0
     cut = scheduler.text_end(handle)
     data = scheduler.content_bytes(handle, 0, total if cut < 0 else cut)
-    raw, at = [], 0
-    for offset, pattern in scheduler.tags(handle):
-        if offset <= len(data):
-            raw += [data[at:offset], tags[pattern].encode()]
-            at = offset
-    raw.append(data[at:])
     wanted = None
     if params.logprobs is not None:
         wanted = [_logprobs(*token, top) for token in zip(ids, authors, origins, logprobs, strict=True)]
@@ -43,7 +37,7 @@ def completion(
     return CompletionOutput(
         index=index,
         text=data.decode("utf-8", "replace"),
-        raw_text=b"".join(raw).decode("utf-8", "replace"),
+        raw_text=_with_tags(data, scheduler.tags(handle), tags),
         token_ids=[int(i) for i in ids],
         spans=spans(authors),
         finish_reason=finish[0],
@@ -51,6 +45,18 @@ def completion(
         logprobs=wanted,
         cumulative_logprob=float(known.sum()) if wanted is not None else None,
     )
+
+
+def _with_tags(data: bytes, places: list[tuple[int, int]], tags: tuple[str, str]) -> str:
+    """The text with its control tags back in; a tag inside a character moves before it, so that taking the tags
+    out always gives the text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out, at = [], 0
+    for offset, pattern in places:
+        if offset <= len(data):
+            out += [decoder.decode(data[at:offset]), tags[pattern]]
+            at = offset
+    return "".join([*out, decoder.decode(data[at:], True)])
 
 
 def spans(authors: Array) -> list[ModelSpan]:
