@@ -19,18 +19,18 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
                                      double ms) {
     auto& flights = flights_.at(lane_index(lane_id));
     if (flights.empty()) throw std::logic_error("commit without a flight in the air");
-    const Flight flight = std::move(flights.front());
     int32_t expected = 0;
-    for (const Row& row : flight.rows) expected += row.logits;
+    for (const Row& row : flights.front().rows) expected += row.logits;
     if (expected != count)
         throw std::invalid_argument("commit: " + std::to_string(count) + " ids for a flight of " +
                                     std::to_string(expected) + " logits rows");
+    const Flight flight = std::move(flights.front());
     flights.pop_front();
     std::vector<Event> events;
     int32_t offset = 0;
     for (const Row& row : flight.rows) {
         Sequence* sequence = sequences_[static_cast<size_t>(row.seq)].get();
-        if (sequence != nullptr) {
+        if (sequence != nullptr && row.epoch >= sequence->born) { // else its handle has a new owner
             Lane& lane = sequence->lanes[lane_index(lane_id)];
             lane.stats.ms += ms * row.count / flight.tokens;
             if (lane.epoch == row.epoch) {
@@ -38,6 +38,7 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
                 lane.cached = row.start + row.count;
                 commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events);
                 publish(lane, lane_id);
+                if (sequence->phase == Phase::FROZEN) cancel_all(*sequence); // nothing lands before the answer
             } else {
                 lane.stats.discarded += row.logits;
             }
@@ -57,6 +58,8 @@ void Scheduler::discard_flight(int32_t lane_id) {
             throw std::logic_error("discard_flight: finish or preempt its sequences first");
     }
     flights.pop_back();
+    const int64_t newest = --launched_flights_[lane_index(lane_id)];
+    for (Limbo& waiting : limbo_[lane_index(lane_id)]) waiting.until = std::min(waiting.until, newest);
     land_limbo(lane_id);
 }
 
@@ -88,8 +91,9 @@ void Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, 
 // ---- decisions -----------------------------------------------------------------------------------------------------
 
 void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_most) {
-    cancel_all(sequence);
     Lane& lane = sequence.lanes[lane_index(lane_id)];
+    if (lane.ids.empty()) throw std::invalid_argument("a lane without ids has nothing to run");
+    cancel_all(sequence);
     sequence.active = lane_id;
     lane.want = want;
     if (lane.cached > at_most) set_cached(lane, lane_id, at_most);
@@ -130,9 +134,6 @@ std::vector<Event> Scheduler::write(int32_t seq, int32_t lane_id, const WriteMod
     if (mode.phase == Phase::DIRECT) lane.stable = lane.size();
     if (sequence.holding && sequence.scan_from(mode.scan_from < 0 ? lane.size() : mode.scan_from, 0, events)) {
         cancel_all(sequence);
-    } else if (mode.mark >= 0 && static_cast<int32_t>(sequence.content.size()) >= mode.mark) {
-        cancel_all(sequence);
-        sequence.raise(events, {EventKind::MARK, seq});
     } else if (lane.size() >= spec(lane_id).max_len) {
         cancel_all(sequence);
         sequence.raise(events, {EventKind::FULL, seq, lane_id});
@@ -177,11 +178,11 @@ std::vector<Event> Scheduler::confirm(int32_t seq, int32_t lane_id, int32_t keep
     return events;
 }
 
-std::vector<Event> Scheduler::accept(int32_t seq, int32_t k) {
+std::vector<Event> Scheduler::accept(int32_t seq, int32_t k, bool ends) {
     std::vector<Event> events;
     if (k < 0 || k > static_cast<int32_t>(at(seq).provisional.size()))
         throw std::out_of_range("accept: " + std::to_string(k) + " of " + std::to_string(at(seq).provisional.size()));
-    at(seq).accept(k, events);
+    at(seq).accept(k, ends, events);
     return events;
 }
 

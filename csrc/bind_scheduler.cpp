@@ -32,6 +32,7 @@ static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Ou
                                          const Out& slots, const Out& cu_q, const Out& kv_len, const Out& page_indptr,
                                          const Out& pages, const Out& row_seq, const Out& logits) {
     const auto least = [](size_t a, size_t b) { return static_cast<int32_t>(a < b ? a : b); };
+    if (cu_q.size() == 0 || page_indptr.size() == 0) throw std::invalid_argument("plan: no room for an offset");
     const int32_t rows = least(least(kv_len.size(), row_seq.size()), least(cu_q.size(), page_indptr.size()) - 1);
     return self.plan(lane, {tokens.data(), positions.data(), slots.data(), cu_q.data(), kv_len.data(),
                             page_indptr.data(), pages.data(), row_seq.data(), logits.data(),
@@ -68,6 +69,8 @@ static nb::dict lane_state(const Lane& lane) {
 }
 
 static nb::object content_of(Sequence& sequence, int32_t from) {
+    if (from < 0 || static_cast<size_t>(from) > sequence.content.size())
+        throw std::out_of_range("content: no token " + std::to_string(from));
     const auto* first = sequence.content.data() + from;
     const size_t n = sequence.content.size() - static_cast<size_t>(from);
     return nb::make_tuple(array_of<int32_t>(n, [&](size_t i) { return first[i].id; }),
@@ -189,7 +192,8 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
         .def(
             "confirm", &Scheduler::confirm, "seq"_a, "lane"_a, "keep"_a, "draw"_a, "steps"_a, "stream"_a,
             "The lane is cut to `keep`, takes the given draw (or -1) and writes until a closing tag completes or dies.")
-        .def("accept", &Scheduler::accept, "seq"_a, "count"_a, "The first provisional tokens become content.")
+        .def("accept", &Scheduler::accept, "seq"_a, "count"_a, "ends"_a,
+             "The first provisional tokens become content; `ends`: the EOS behind them too.")
         .def(
             "emit",
             [](Scheduler& self, int32_t seq, int32_t author, const std::vector<int32_t>& ids) {

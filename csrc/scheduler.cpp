@@ -58,6 +58,7 @@ int32_t Scheduler::add(std::vector<std::vector<int32_t>> prompts, Limits limits,
         lane.epoch = ++epochs_;
         lane.root = root_digest(salt);
     }
+    sequence->born = sequence->lanes.front().epoch;
     sequence->arrival = arrivals_++;
     sequence->leader = leader;
     int32_t handle = static_cast<int32_t>(sequences_.size());

@@ -75,7 +75,7 @@ class Scheduler {
     std::vector<Event> write(int32_t seq, int32_t lane, const WriteMode& mode);
     void read(int32_t seq, int32_t lane, int32_t from, uint32_t stream);
     std::vector<Event> confirm(int32_t seq, int32_t lane, int32_t keep, int32_t draw, int32_t steps, uint32_t stream);
-    std::vector<Event> accept(int32_t seq, int32_t k);
+    std::vector<Event> accept(int32_t seq, int32_t k, bool ends);
     std::vector<Event> emit(int32_t seq, int32_t author, const std::vector<int32_t>& ids);
     void drop_provisional(int32_t seq);
     void refuse(int32_t seq, int32_t lane);

@@ -123,7 +123,7 @@ bool Sequence::found_tag(int32_t pattern, int32_t position, int32_t end, std::ve
     if (release_until(start.position, events)) return true;
     const std::string& first = words.bytes(lane.ids[static_cast<size_t>(start.position)]);
     const auto from = static_cast<size_t>(held_skip_);
-    // The lane is healed by the caller, so a mark reached here is raised by the write() that follows.
+    // The caller heals the lane first, so it looks for a mark reached here by itself.
     const int32_t mark_after = std::exchange(mark, -1);
     const bool raised = emit_residue(active, first.substr(from, static_cast<size_t>(start.offset) - from), events);
     mark = mark_after;
@@ -250,14 +250,14 @@ bool Sequence::written(int32_t lane_max, bool is_end, std::vector<Event>& events
     return true;
 }
 
-bool Sequence::accept(int32_t k, std::vector<Event>& events) {
+bool Sequence::accept(int32_t k, bool ends, std::vector<Event>& events) {
     std::vector<ContentToken> taken(provisional.begin(), provisional.begin() + k);
     provisional.erase(provisional.begin(), provisional.begin() + k);
     for (const ContentToken& token : taken) {
         lanes[static_cast<size_t>(token.author)].stable = token.origin + 1;
         if (emit(token.author, token.id, token.logprob, token.origin, events)) return true;
     }
-    if (!provisional.empty() || ending.id < 0) return false;
+    if (!ends || !provisional.empty() || ending.id < 0) return false;
     end_content(ending, events);
     return true;
 }

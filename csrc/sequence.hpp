@@ -118,6 +118,7 @@ class Sequence {
     bool resident = false;
     int32_t leader = -1; // a sibling with the same prompt that goes first
     int64_t arrival = 0;
+    uint32_t born = 0; // no flight of an older epoch was this sequence's
     int32_t preemptions = 0;
 
     std::vector<ContentToken> content;
@@ -141,8 +142,8 @@ class Sequence {
     // Scans the active lane from (position, byte offset) to its end.
     bool scan_from(int32_t position, int32_t skip, std::vector<Event>& events);
     bool emit(int32_t author, int32_t id, float logprob, int32_t origin, std::vector<Event>& events);
-    // Moves the first k provisional tokens into the content; with all of them moved, an ending is raised too.
-    bool accept(int32_t k, std::vector<Event>& events);
+    // Moves the first k provisional tokens into the content; `ends`: with all of them moved, an ending is raised too.
+    bool accept(int32_t k, bool ends, std::vector<Event>& events);
     void flush_held();
     void begin_confirm(int32_t base, int32_t steps);
     void raise(std::vector<Event>& events, Event event);

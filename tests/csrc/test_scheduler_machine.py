@@ -1,7 +1,7 @@
 """The scheduler at random against a twin: writes, reads, retargets, switches and aborts over two lanes, late landings.
 
-After every step oracles.lanes.World.check() holds every id against a model without a cache and every cached slot against
-a fresh prefill; this file adds what content must be, and that every sequence ends however small the pools are.
+After every step World.check() (oracles/lanes.py) holds every id against a model without a cache and every cached slot
+against a fresh prefill; this file adds what content must be, and that sequences end however small the pools are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Story:
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
-        spare=st.integers(0, 8),
+        spare=st.integers(0, 4),
         caching=st.booleans(),
         depth=st.integers(1, 3),
         tokens=st.integers(1, 12),
@@ -66,12 +66,29 @@ class SchedulerMachine(RuleBasedStateMachine):
     def decide(self, data: st.DataObject) -> None:
         """At any time, asked or not."""
         seq = data.draw(st.sampled_from(sorted(self.stories)))
-        data.draw(st.sampled_from([self.write, self.cut, self.read, self.confirm, self.abort]))(data, seq)
+        choices = [self.write, self.write, self.cut, self.cut, self.read, self.read, self.confirm, self.abort]
+        data.draw(st.sampled_from(choices))(data, seq)
 
     @rule(lane=st.integers(0, 1), times=st.integers(1, 3))
     def plan(self, lane: int, times: int) -> None:
         for _ in range(times):
             self.world.plan(lane)
+
+    @rule(data=st.data(), ticks=st.integers(1, 8))
+    def tick(self, data: st.DataObject, ticks: int) -> None:
+        """Both lanes in turn, as deep as the scheduler goes, as the decoder does."""
+        for _ in range(ticks):
+            for lane in range(2):
+                while len(self.world.flights[lane]) < self.world.shape.depth and self.world.plan(lane):
+                    pass
+            for lane in range(2):
+                if self.world.flights[lane]:
+                    self.apply(data, self.world.land(lane))
+                    self.holds()
+
+    @rule(data=st.data(), ticks=st.integers(8, 20))
+    def tick_on(self, data: st.DataObject, ticks: int) -> None:
+        self.tick(data, ticks)
 
     @precondition(lambda self: any(self.world.flights))
     @rule(data=st.data())
@@ -106,12 +123,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The other lane takes some ids and reads them; a block waits meanwhile."""
         story = self.stories[seq]
         lane = 1 - story.lane
-        if story.mode != "block":
-            self.settle(seq)
         size = len(self.world.ids(seq, lane))
         ids = data.draw(st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=5))[: MAX_LEN - size]
         if not ids:
-            return
+            return self.write(data, seq)
+        if story.mode != "block":
+            self.settle(seq)
         self.world.retarget(seq, lane, size, ids)
         start = data.draw(st.integers(size - 1, size + len(ids) - 1))
         start = max(start, self.world.scheduler.lane_state(seq, lane)["prompt_len"])
@@ -122,14 +139,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def confirm(self, data: st.DataObject, seq: int) -> None:
         story = self.stories[seq]
         draws = self.world.scheduler.draws(seq)
-        self.settle(seq)
         if story.drawn is None or -1 in draws:
-            return
+            return self.write(data, seq)
         lane, start, count = story.drawn
-        draw = data.draw(st.integers(-1, count - 1))
+        entering = [n for n in range(count) if self.world.scheduler.enters(lane, 1, draws[n])]
+        draw = data.draw(st.sampled_from([*range(-1, count), *entering * 4]))
         keep = start + 1 + draw if draw >= 0 else data.draw(st.integers(start, start + count))
         if keep > len(self.world.ids(seq, lane)) or keep >= MAX_LEN:
-            return
+            return self.write(data, seq)
+        self.settle(seq)
         known = self.world.ids(seq, lane)[:keep]
         story.mode, story.lane, story.drawn = "confirm", lane, None
         events = self.world.confirm(seq, lane, keep, draw, data.draw(st.sampled_from([0, 0, 1, 4])))
@@ -172,6 +190,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.abort(data, event.seq)
                 else:
                     self.write(data, event.seq)
+            elif event.kind == EventKind.READ and event.a >= 0:
+                self.confirm(data, event.seq)
             else:
                 data.draw(st.sampled_from([self.write, self.cut, self.read, self.confirm]))(data, event.seq)
 

@@ -337,6 +337,6 @@ def test_harm_is_stopped_soon(name: str) -> None:
 def test_rendering_again_starts_afresh() -> None:
     ours = template("{% for i in range(n) %}{{ 'x' * 2 }}{% endfor %}")
     for _ in range(3):
-        assert len(ours.render(CHATS[0], template_kwargs={"n": 400_000})) == 800_000
-        with pytest.raises(CheckpointError, match="steps"):
+        assert len(ours.render(CHATS[0], template_kwargs={"n": 30_000})) == 60_000
+        with pytest.raises(CheckpointError, match="steps"):  # range() and the loop both count
             ours.render(CHATS[0], template_kwargs={"n": 600_000})

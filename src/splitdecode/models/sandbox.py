@@ -32,9 +32,10 @@ from jinja2.visitor import NodeTransformer
 
 MAX_TEXT = 4 << 20  # characters of one string
 MAX_VOLUME = 64 << 20  # characters of all strings built in one rendering
-MAX_STEPS = 1_000_000  # of one rendering: a loop turn or a member of a range() is one, a call is _CALL_STEPS
+MAX_STEPS = 1_000_000  # of one rendering: a loop turn or a member of a range() is one step
 MAX_SECONDS = 5.0
 _CALL_STEPS = 8  # a call of a macro takes about as long as so many turns of a loop
+_FILTER_STEPS = 3  # and a filter or a test as long as so many
 
 _STRING_METHODS = frozenset(
     """
@@ -250,12 +251,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > 4096:
             raise SecurityError("a product of more than 4096 bits")
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """str.format and str.format_map: Jinja exchanges them as soon as a template looks them up."""
+        owner = getattr(value, "__self__", None)
+        if not isinstance(owner, str) or getattr(value, "__name__", "") not in ("format", "format_map"):
+            return None
+        return functools.partial(self._format, owner)
+
+    def _format(self, text: str, /, *args: Any, **kwargs: Any) -> str:
+        if _WIDE_FORMAT.search(text.replace("{{", "")):
+            raise SecurityError("a width taken from the arguments, or of four digits, in str.format")
+        self.meter.size(len(text) + text.count("{") * (self.meter.weight([*args, *kwargs.values()]) + 1000))
+        return SandboxedFormatter(self).vformat(text, args, kwargs)
+
     def _string_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name == "format":
-            if _WIDE_FORMAT.search(text.replace("{{", "")):
-                raise SecurityError("a width taken from the arguments, or of four digits, in str.format")
-            self.meter.size(len(text) + text.count("{") * (self.meter.weight([*args, *kwargs.values()]) + 1000))
-            return SandboxedFormatter(self).vformat(text, args, kwargs)
         if name == "replace":
             return self._replace(text, *args, **kwargs)
         if name == "join":
@@ -351,7 +360,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # keeps Jinja's pass_environment mark, which lies in __dict__
         def metered(*args: Any, **kwargs: Any) -> Any:
-            self.meter.tick()
+            self.meter.tick(_FILTER_STEPS)
             for value in (*args, *kwargs.values()):
                 self.meter.light(value)
             return self._counted(function(*args, **kwargs))

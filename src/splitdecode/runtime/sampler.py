@@ -137,61 +137,68 @@ class Sampler:
         """
         raw = _host(logits)[:, : self.vocab_limit]
         rows = np.arange(len(slots))
-        kinds = self._kind[slots]
         chosen = raw.argmax(axis=1)
         sound = np.isfinite(raw[rows, chosen])  # argmax stops at a NaN
+        kinds = self._kind[slots]
+        masks = (attempts > 0) | (flags & SUPPRESS_STOP != 0)
+        more = (kinds & (_DRAW | _EDIT) != 0) | masks | self._banned[chosen]
         ids = chosen.astype(np.int32)
-        ids[~sound] = -1
-        more = (kinds & (_DRAW | _EDIT)) | (attempts > 0) | (flags & SUPPRESS_STOP) | self._banned[chosen]
+        if not sound.all():
+            ids[~sound] = -1
+            more &= sound
         if more.any():
-            rows = (sound & (more != 0)).nonzero()[0]
-            if rows.size:
-                draw = Draw(self._key[slots], positions, streams, attempts).take(rows)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    values = self._edited(raw, rows, slots, attempts, flags, counts)
-                    ids[rows] = self._choose(values, slots[rows], draw)
+            every = more.all()
+            some: Array | slice = slice(None) if every else more.nonzero()[0]
+            values = raw.copy() if every else raw[some]
+            draw = Draw(self._key[slots[some]], positions[some], streams[some], attempts[some])
+            if self._banned_ids.size:
+                values[:, self._banned_ids] = -np.inf
+            with np.errstate(over="ignore", invalid="ignore"):
+                if masks.any():
+                    self._mask(values, slots[some], attempts[some], flags[some])
+                if (kinds & _EDIT).any():
+                    self._edit(values, slots[some], np.arange(len(slots))[some], counts)
+                ids[some] = self._choose(values, slots[some], kinds[some], draw)
         if (kinds & _LOGPROBS).any():
             return self._with_logprobs(raw, slots, ids)
         return Sampled(ids)
 
-    def _edited(
-        self, raw: Array, rows: Array, slots: Array, attempts: Array, flags: Array, counts: Sequence[Counts]
-    ) -> Array:
-        """Logits of `rows` [R, V], a copy, with everything up to the penalties done."""
-        values: Array = raw[rows]
-        if self._banned_ids.size:
-            values[:, self._banned_ids] = -np.inf
+    def _mask(self, values: Array, slots: Array, attempts: Array, flags: Array) -> None:
+        """Excludes what an attempt or SUPPRESS_STOP excludes, in place."""
         if self._entering.size:
-            again = (attempts[rows] > 0).nonzero()[0]
+            again = (attempts > 0).nonzero()[0]
             values[again[:, None], self._entering] = -np.inf
-        for i in (flags[rows] & SUPPRESS_STOP).nonzero()[0]:
-            params = self._params[slots[rows[i]]]
-            values[i, self._eos] = -np.inf
-            values[i, list(params.stop_ids) if params else []] = -np.inf
-        edits = (self._kind[slots[rows]] & _EDIT).nonzero()[0]
-        if edits.size:
-            by_row = {count.row: count for count in counts}
-            for i in edits:
-                params = self._params[slots[rows[i]]]
-                assert params is not None
-                _edit(values[i], params, by_row.get(int(rows[i])))
-        return values
+        for row in (flags & SUPPRESS_STOP).nonzero()[0]:
+            params = self._params[slots[row]]
+            values[row, self._eos] = -np.inf
+            values[row, list(params.stop_ids) if params else []] = -np.inf
 
-    def _choose(self, values: Array, slots: Array, draw: Draw) -> Array:
-        """Edited logits [R, V] -> ids [R]; -1 where nothing is left."""
+    def _edit(self, values: Array, slots: Array, rows: Array, counts: Sequence[Counts]) -> None:
+        """Bias and penalties, in place; `rows` are the places of `values` in the batch, which counts refer to."""
+        by_row = {count.row: count for count in counts}
+        for i in (self._kind[slots] & _EDIT).nonzero()[0]:
+            params = self._params[slots[i]]
+            assert params is not None
+            _edit(values[i], params, by_row.get(int(rows[i])))
+
+    def _choose(self, values: Array, slots: Array, kinds: Array, draw: Draw) -> Array:
+        """Edited logits [R, V] -> ids [R]; -1 where nothing is left. Overwrites `values`."""
         ids: Array = values.argmax(axis=1)
         best = values[np.arange(len(ids)), ids]
-        ids[~np.isfinite(best)] = -1
-        kinds = self._kind[slots]
-        for cut in (0, _CUT):
-            rows = ((kinds & (_DRAW | _CUT) == _DRAW | cut) & (ids >= 0)).nonzero()[0]
-            if not rows.size:
+        left = np.isfinite(best)
+        groups = np.where(left, kinds & (_DRAW | _CUT), 0)
+        ids[~left] = -1
+        for group in (_DRAW, _DRAW | _CUT):
+            member = groups == group
+            if not member.any():
                 continue
+            rows = slice(None) if member.all() else member.nonzero()[0]
             at = slots[rows]
             scale = self._temperature[at].astype(values.dtype)
-            scaled = (values if rows.size == len(values) else values[rows]) / scale[:, None]
-            top = best[rows] / scale
-            ids[rows] = (self._cut if cut else self._free)(scaled, top, ids[rows], at, draw.take(rows))
+            scaled = values[rows]
+            scaled /= scale[:, None]
+            pick = self._cut if group & _CUT else self._free
+            ids[rows] = pick(scaled, best[rows] / scale, ids[rows], at, draw.take(rows))
         return ids
 
     def _free(self, scaled: Array, top: Array, top_ids: Array, slots: Array, draw: Draw) -> Array:
@@ -204,7 +211,7 @@ class Sampler:
         floor = lead - ops.GUMBEL_MAX - 4 * np.finfo(scaled.dtype).eps * np.abs(top)  # the last term: rounding of sums
         ids = np.empty(len(scaled), dtype=np.int64)
         for row, values in enumerate(scaled):
-            one = draw.take(np.array([row]))
+            one = draw.take(slice(row, row + 1))
             able = (values >= floor[row]).nonzero()[0]
             if able.size > vocab // 4:
                 ids[row] = (values + ops.gumbel_dense_host(vocab, *one, scaled.dtype)[0]).argmax()
@@ -217,27 +224,30 @@ class Sampler:
         how many were ranked changes no result."""
         vocab = scaled.shape[1]
         limits = self._top_k[slots]
-        depth = min(vocab, int(np.where(limits < vocab, limits, _START).max()))
+        depth = vocab if vocab <= _START else min(vocab, int(np.where(limits < vocab, limits, _START).max()))
         ids = np.empty(len(scaled), dtype=np.int64)
-        todo = np.arange(len(scaled))
-        while todo.size:
+        todo: Array | slice = slice(None)
+        while True:
             rows, at = scaled[todo], slots[todo]
             ranked, values = _ranked(rows, depth)
             keep = _kept(rows, values - top[todo, None], limits[todo], self._top_p[at], self._log_min_p[at])
             done = ~keep[:, -1] | (depth >= limits[todo])
-            width = int(keep[done].sum(axis=1).max(initial=0))
-            if width:
-                kept = (ranked[done, :width], values[done, :width], keep[done, :width])
-                ids[todo[done]] = self._perturbed(*kept, at[done], draw.take(todo[done]))
+            if done.all():
+                ids[todo] = self._perturbed(ranked, values, keep, at, draw.take(todo))
+                return ids
+            todo = np.arange(len(scaled))[todo]
+            kept = (ranked[done], values[done], keep[done])
+            ids[todo[done]] = self._perturbed(*kept, at[done], draw.take(todo[done]))
             todo, depth = todo[~done], min(vocab, depth * 16)
-        return ids
 
     def _perturbed(self, ids: Array, values: Array, keep: Array, slots: Array, draw: Draw) -> Array:
-        """Gumbel-max over candidate ids [R, K] where `keep`; the lowest id among equals."""
-        if ids.shape[1] == 1:
-            return np.asarray(ids[:, 0])
+        """Gumbel-max over candidate ids [R, K] where `keep`, a prefix of each row; the lowest id among equals."""
+        width = int(keep.sum(axis=1).max(initial=0))
+        ids, values, keep = ids[:, :width], values[:, :width], keep[:, :width]
+        if width <= 1:
+            return np.asarray(ids.reshape(-1))
         if self.vocab_limit <= _DENSE:
-            noise = np.take_along_axis(self._window(values.dtype).get(slots, draw), ids, axis=1)
+            noise = self._window(values.dtype).get(slots, draw)[np.arange(len(ids))[:, None], ids]
         else:
             noise = ops.gumbel_host(ids, *draw, values.dtype)
         noisy = np.where(keep, values + noise, -np.inf)
@@ -303,13 +313,13 @@ def _ranked(values: Array, depth: int) -> tuple[Array, Array]:
     vocab = values.shape[1]
     if vocab <= _DENSE or depth >= vocab:
         ids = np.argsort(-values, axis=1, kind="stable")[:, :depth]
-        return ids, np.take_along_axis(values, ids, axis=1)
+        return ids, values[np.arange(len(ids))[:, None], ids]
     ids = np.empty((len(values), depth), dtype=np.int64)
     for row, line in enumerate(values):
         last = np.partition(line, vocab - depth)[vocab - depth]
         able = (line >= last).nonzero()[0]  # more than `depth` when values tie with the last one
         ids[row] = able[np.argsort(-line[able], kind="stable")[:depth]]
-    return ids, np.take_along_axis(values, ids, axis=1)
+    return ids, values[np.arange(len(ids))[:, None], ids]
 
 
 def _kept(rows: Array, relative: Array, limits: Array, top_p: Array, log_min_p: Array) -> Array:

@@ -66,6 +66,7 @@ class SplitSequence:
         self.handoff = Handoff(policy)
         self.policy = policy
         self.projected = Pair(0, 0)  # content tokens each lane holds
+        self.mark: int | None = None  # content position at which the small model may have to give the pen away
         self.span_start = 0  # content tokens before the span
         self.span_base = 0  # large-lane position at which it starts
         self.block: Block | None = None
@@ -122,13 +123,13 @@ class SplitSequence:
 
     def _write_on(self, scan_from: int = -1) -> list[Event]:
         self.handoff.pen = SMALL
-        mark = self.policy.next_mark(self._position())
+        self.mark = self.policy.next_mark(self._position())
         return self.scheduler.write(
             self.handle,
             SMALL,
             Phase.SCAN,
             Stream.WRITE0.word(),
-            mark=-1 if mark is None else mark,
+            mark=-1 if self.mark is None else self.mark,
             scan_from=scan_from,
             open_is_event=self.policy.opening is not Opening.IGNORE,
         )
@@ -148,6 +149,9 @@ class SplitSequence:
         self._retarget(SMALL, event.b, self.tokens.encode(SMALL, residue) if residue else [])
         self.scheduler.refuse(self.handle, SMALL)
         self.rejected += 1
+        position = self._position()
+        if self.mark is not None and position >= self.mark and self.policy.owner(position) is LARGE:
+            return self._turn_to_large() if self._fits() else self.finish("length")  # the residue reached the mark
         return self._write_on()
 
     def _turn_to_large(self) -> list[Event]:
@@ -196,7 +200,7 @@ class SplitSequence:
         """The small lane reads the provisional tokens; as many as its context has room for."""
         ids = [int(i) for i in self.scheduler.provisional(self.handle)]
         if not ids:
-            return self.scheduler.accept(self.handle, 0)  # EOS behind nothing: it ends the answer
+            return self.scheduler.accept(self.handle, 0, ends=True)  # EOS behind nothing: it ends the answer
         final = self.scheduler.has_ending(self.handle) or self.scheduler.at_limit(self.handle, LARGE)
         stretches = self.tokens.stretches(LARGE, ids, final=final)
         if not stretches:
@@ -285,11 +289,11 @@ class SplitSequence:
         self._retarget(SMALL, block.base + prefix, ids)
         return self._close(candidate)
 
-    def _accept(self, tokens: int) -> list[Event]:
-        """The block's first `tokens` large tokens are content."""
+    def _accept(self, tokens: int, *, ends: bool = False) -> list[Event]:
+        """The block's first `tokens` large tokens are content; `ends`: so is an EOS behind the last of them."""
         block = self._block()
         fresh, block.accepted = tokens - block.accepted, tokens
-        return self.scheduler.accept(self.handle, fresh)
+        return self.scheduler.accept(self.handle, fresh, ends)
 
     def _accept_block(self) -> list[Event]:
         block = self._block()
@@ -298,7 +302,7 @@ class SplitSequence:
             self.scheduler.set_mark(self.handle, -1 if stop is None else stop)
         if self.scheduler.room(self.handle, SMALL) <= 0:
             self.scheduler.drop_ending(self.handle)  # the small context is full before the EOS would be read
-        if events := self._accept(block.tokens()):
+        if events := self._accept(block.tokens(), ends=True):
             return events
         return self._write_span()
 

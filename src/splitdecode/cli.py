@@ -1,0 +1,190 @@
+"""F7: the `splitdecode` command: demo, generate, chat, plan, doctor.
+
+Exit codes: 0 done, 1 a check or an answer failed, 2 wrong input (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from splitdecode import demo, doctor, plan
+from splitdecode.config import SamplingParams
+from splitdecode.decoder import DTYPES, SplitDecoder
+from splitdecode.errors import RequestError, SplitDecodeError
+from splitdecode.split.outputs import RequestOutput
+from splitdecode.split.policies import ControlTags, HandoffPolicy, LargeOnly, RandomSwitch, SmallOnly
+from splitdecode.split.roles import Role
+from splitdecode.terminal import legend, show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; `argv` without the program's name."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SplitDecodeError as error:
+        print(f"splitdecode {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, subcommand by subcommand."""
+    parser = argparse.ArgumentParser(prog="splitdecode", description=__doc__.splitlines()[0][4:])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text, module in (
+        ("demo", "solve a handful of problems with the embedded pair", demo),
+        ("plan", "what a pair of models needs and gives on a GPU, from geometry alone", plan),
+        ("doctor", "what this machine can do and what is missing", doctor),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
+    command = commands.add_parser("generate", help="answer prompts, streamed in the authors' colours")
+    command.add_argument("prompts", nargs="*", help="prompts; none: one per line from --file or standard input")
+    command.add_argument("--file", type=Path, help="a file with one prompt per line")
+    _add_common(command)
+    command.set_defaults(run=generate)
+    command = commands.add_parser("chat", help="talk to a pair; an empty line or Ctrl-D ends it")
+    command.add_argument("--system", help="a system message")
+    _add_common(command)
+    command.set_defaults(run=chat)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_argument_group("models")
+    models.add_argument("--small", help="directory or hub id of the small model (default: the embedded pair)")
+    models.add_argument("--large", help="directory or hub id of the large model")
+    models.add_argument("--small-revision", help="hub revision of the small model")
+    models.add_argument("--large-revision", help="hub revision of the large model")
+    models.add_argument("--device", default="cpu")
+    models.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    models.add_argument("--kv-cache-memory", default="256MiB", help="for both caches together (default 256MiB)")
+    models.add_argument("--policy", default="tags", choices=["tags", "small", "large", "random"], help="who writes where")
+    models.add_argument("--p", type=float, default=0.05, help="random: the large model's share of chunks")
+    models.add_argument("--chunk", type=int, default=32, help="random: tokens per chunk")
+    sampling = parser.add_argument_group("sampling (default: the small checkpoint's generation_config)")
+    sampling.add_argument("--max-tokens", type=int)
+    for name, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float), ("seed", int)):
+        sampling.add_argument(f"--{name}", type=kind)
+    sampling.add_argument("--stop", action="append", help="a string that ends the answer; may be repeated")
+    sampling.add_argument("--keep-special", action="store_true", help="show special tokens such as <think>")
+    parser.add_argument("--json", action="store_true", help="one JSON object per answer")
+
+
+def _decoder(args: argparse.Namespace) -> SplitDecoder:
+    options = {"device": args.device, "kv_cache_memory": args.kv_cache_memory}
+    if args.small is None and args.large is None:
+        return SplitDecoder.demo(**options, **({} if args.dtype == "auto" else {"dtype": args.dtype}))
+    if args.small is None or args.large is None:
+        raise RequestError("--small and --large: found one of them, expected both or (for the embedded pair) neither")
+    return SplitDecoder.from_pretrained(
+        args.small,
+        args.large,
+        dtype=args.dtype,
+        small_revision=args.small_revision,
+        large_revision=args.large_revision,
+        **options,
+    )
+
+
+def _params(args: argparse.Namespace, decoder: SplitDecoder) -> SamplingParams:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    default = decoder.default_sampling_params
+    base = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    return SamplingParams(**{**base, **given}, skip_special_tokens=not args.keep_special)
+
+
+def _policy(args: argparse.Namespace) -> HandoffPolicy:
+    match args.policy:
+        case "small":
+            return SmallOnly()
+        case "large":
+            return LargeOnly()
+        case "random":
+            return RandomSwitch(args.p, args.chunk)
+    return ControlTags()
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`splitdecode generate`: one prompt streams; many run together behind a progress bar."""
+    prompts = args.prompts or _lines(args.file)
+    console = Console(highlight=False)
+    with _decoder(args) as decoder:
+        params, policy = _params(args, decoder), _policy(args)
+        if len(prompts) == 1 and not args.json:
+            console.print(legend())
+            for delta in decoder.stream(prompts[0], params, handoff=policy):
+                show(console, delta)
+            console.print()
+            return 0
+        outputs = decoder.generate(prompts, params, handoff=policy, use_tqdm=sys.stderr.isatty())
+        for output in outputs:
+            print(json.dumps(as_dict(output)) if args.json else f"{output.prompt!r}\n{output.outputs[0].text}\n")
+        return 1 if any(o.finish_reason == "error" for output in outputs for o in output.outputs) else 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """`splitdecode chat`: reads a message per line, streams the answer, remembers the conversation."""
+    console = Console(highlight=False)
+    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
+    with _decoder(args) as decoder:
+        params, policy = _params(args, decoder), _policy(args)
+        decoder.chat_prompts([*messages, {"role": "user", "content": ""}])  # a missing template is said before typing
+        if not args.json:
+            console.print(legend())
+        while line := _ask(console, quiet=args.json):
+            messages.append({"role": "user", "content": line})
+            prompts = decoder.chat_prompts(messages)
+            if args.json:
+                small, large = prompts
+                output = decoder.generate(small, params, handoff=policy, large_prompt=large)[0]
+                print(json.dumps(as_dict(output)), flush=True)
+                said = output.outputs[0].text
+            else:
+                said = ""
+                answer = decoder.stream(prompts[Role.SMALL], params, handoff=policy, large_prompt=prompts[Role.LARGE])
+                for delta in answer:
+                    show(console, delta)
+                    said += delta.text
+                console.print()
+            messages.append({"role": "assistant", "content": said})
+    return 0
+
+
+def _ask(console: Console, *, quiet: bool) -> str:
+    try:
+        return (input() if quiet or not sys.stdin.isatty() else console.input("[bold]> [/bold]")).strip()
+    except EOFError:
+        return ""
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is not None and not file.is_file():
+        raise RequestError(f"--file: found no file {file}")
+    text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+    lines = [line + "\n" for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RequestError("prompts: found none, expected arguments, --file, or lines on standard input")
+    return lines
+
+
+def as_dict(output: RequestOutput) -> dict[str, Any]:
+    """A RequestOutput as JSON can hold it."""
+    found = asdict(output)
+    found["metrics"]["offload_fraction"] = output.metrics.offload_fraction
+    return found
