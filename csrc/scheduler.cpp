@@ -197,8 +197,9 @@ void Scheduler::admit() {
         if (residents_ >= max_seqs_) return;
         if (sequence.phase == Phase::FROZEN) continue;
         if (sequence.leader >= 0) {
-            const Lane& first = lane_of(sequence.leader, sequence.active);
-            if (first.cached < first.prompt_len - 1) continue;
+            const Sequence& ahead = at(sequence.leader);
+            const Lane& first = ahead.lanes[lane_index(sequence.active)];
+            if (ahead.active == sequence.active && first.cached < first.prompt_len - 1) continue;
             sequence.leader = -1;
         }
         if (free_pages.empty()) {
@@ -254,7 +255,7 @@ int32_t Scheduler::launchable(const Sequence& sequence, const Lane& lane) const 
 PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out) {
     PlanCounts counts;
     admit();
-    Flight flight{launched_flights_[lane_index(lane_id)] + 1, 0, {}};
+    Flight flight{launched_flights_.at(lane_index(lane_id)) + 1, 0, {}};
     out.cu_q[0] = out.page_indptr[0] = 0;
     // By index: reserve() may preempt, which leaves order_ as it is.
     for (size_t i = 0; i < order_.size() && counts.rows < out.max_rows; ++i) {

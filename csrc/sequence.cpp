@@ -251,9 +251,9 @@ bool Sequence::written(int32_t lane_max, bool is_end, std::vector<Event>& events
 }
 
 bool Sequence::accept(int32_t k, bool ends, std::vector<Event>& events) {
-    std::vector<ContentToken> taken(provisional.begin(), provisional.begin() + k);
-    provisional.erase(provisional.begin(), provisional.begin() + k);
-    for (const ContentToken& token : taken) {
+    for (; k > 0; --k) {
+        const ContentToken token = provisional.front();
+        provisional.erase(provisional.begin());
         lanes[static_cast<size_t>(token.author)].stable = token.origin + 1;
         if (emit(token.author, token.id, token.logprob, token.origin, events)) return true;
     }

@@ -73,7 +73,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", default="cpu")
     models.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     models.add_argument("--kv-cache-memory", default="256MiB", help="for both caches together (default 256MiB)")
-    models.add_argument("--policy", default="tags", choices=["tags", "small", "large", "random"], help="who writes where")
+    models.add_argument(
+        "--policy", default="tags", choices=["tags", "small", "large", "random"], help="who writes where"
+    )
     models.add_argument("--p", type=float, default=0.05, help="random: the large model's share of chunks")
     models.add_argument("--chunk", type=int, default=32, help="random: tokens per chunk")
     sampling = parser.add_argument_group("sampling (default: the small checkpoint's generation_config)")
@@ -95,8 +97,7 @@ def _decoder(args: argparse.Namespace) -> SplitDecoder:
         args.small,
         args.large,
         dtype=args.dtype,
-        small_revision=args.small_revision,
-        large_revision=args.large_revision,
+        revisions=(args.small_revision, args.large_revision),
         **options,
     )
 

@@ -1,7 +1,7 @@
 """F6: SplitDecoder, the front door: builds the Pair, takes prompts, gives answers and who wrote them.
 
-    decoder = SplitDecoder.from_pretrained(small, large)      or SplitDecoder.demo()
-    decoder.generate(["..."], SamplingParams(temperature=0.0))
+decoder = SplitDecoder.from_pretrained(small, large)      or SplitDecoder.demo()
+decoder.generate(["..."], SamplingParams(temperature=0.0))
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class SplitDecoder:
         *,
         device: str = "cpu",
         dtype: str | torch.dtype = "auto",
-        small_revision: str | None = None,
-        large_revision: str | None = None,
+        revisions: tuple[str | None, str | None] = (None, None),
         tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
         **engine: Any,
     ) -> SplitDecoder:
-        """Loads both checkpoints: local directories in Hugging Face layout, or hub ids (pinned by their revision).
+        """Loads both checkpoints: local directories in Hugging Face layout, or hub ids (pinned by `revisions`).
 
-        dtype: "auto" (the file's), a torch dtype or its name; device: where both models run. Further arguments are
+        dtype: "auto" (the file's), a torch dtype or its name; device: where both models run; revisions: hub revisions
+        of the small and the large model. Further arguments are
         EngineConfig's: page_size, kv_cache_memory, max_num_batched_tokens, max_num_seqs, max_model_len, ...
         Raises CheckpointError naming file and field, CapacityError with sizes, RequestError for a wrong argument.
         """
@@ -102,8 +102,8 @@ class SplitDecoder:
             raise RequestError(f"dtype: found {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
         wanted: Any = DTYPES.get(dtype, "auto") if isinstance(dtype, str) else dtype
         config = engine_config(engine)
-        paths, revisions = Pair(small, large), Pair(small_revision, large_revision)
-        points = Pair.of(lambda r: open_checkpoint(paths[r], revision=revisions[r]))
+        paths, pins = Pair(small, large), Pair(*revisions)
+        points = Pair.of(lambda r: open_checkpoint(paths[r], revision=pins[r]))
         tokenizers = points.map(lambda p: Tokenizer.from_directory(p.directory))
         for role in Role:
             tokenizers[role].check_against_vocab(points[role].config.vocab_size, points[role].directory)
@@ -261,9 +261,7 @@ class SplitDecoder:
             known = {"temperature": 0.0}
         return SamplingParams(**known)
 
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, number: int
-    ) -> Sequence[SamplingParams]:
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, number: int) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.default_sampling_params] * number
         if len(given) != number:
@@ -298,7 +296,8 @@ class SplitDecoder:
                 raise RequestError(f"stop_token_ids, logit_bias: found id {token}, expected ids below "
                                    f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        metrics, choices = RequestMetrics(), []
+        metrics = RequestMetrics()
+        choices: list[Choice] = []
         for index in range(params.n):
             key = request_key(seed, index)
             choice = Choice(prompts, params, policy.bind(key), key, index, metrics)

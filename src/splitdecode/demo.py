@@ -35,7 +35,7 @@ class Problem:
 def problems(number: int, seed: int) -> list[Problem]:
     """a*b + c*d - e with factors of two digits, products of four and a subtrahend of three."""
     rng = random.Random(seed)
-    found = []
+    found: list[Problem] = []
     while len(found) < number:
         a, b, c, d = (rng.randint(21, 79) for _ in range(4))
         if 1000 <= a * b <= 4999 and 1000 <= c * d <= 4999:
@@ -77,11 +77,9 @@ def main(args: argparse.Namespace) -> int:
             _add(total, output.metrics)
             answers.append({"prompt": problem.prompt, "raw_text": answer.raw_text, "right": good})
             if not args.json:
-                ids = {role: decoder.tokenizers[role] for role in Role}
-                pieces = [
-                    Delta(ids[Role[s.model.upper()]].decode(answer.token_ids[s.start : s.end]), s.model)
-                    for s in answer.spans
-                ]
+                words = {str(role): decoder.tokenizers[role] for role in Role}
+                written = answer.token_ids[: -1 if answer.finish_reason == "stop" else None]  # without the EOS
+                pieces = [Delta(words[s.model].decode(written[s.start : s.end]), s.model) for s in answer.spans]
                 console.print(f"\n[bold]{problem.prompt.strip()}[/bold]", soft_wrap=True)
                 console.print(coloured(pieces), soft_wrap=True)
                 console.print("[green]right[/green]" if good else f"[red]wrong: {problem.answer} expected[/red]")

@@ -12,7 +12,9 @@ STYLES = {"small": "cyan", "large": "bold magenta"}
 
 def legend() -> Text:
     """One line that says which colour is whose."""
-    return Text.assemble("written by the ", ("small model", STYLES["small"]), " and the ", ("large model", STYLES["large"]))
+    return Text.assemble(
+        "written by the ", ("small model", STYLES["small"]), " and the ", ("large model", STYLES["large"])
+    )
 
 
 def show(console: Console, delta: Delta) -> None:

@@ -2,6 +2,7 @@
 // checks its invariants after every step.    csrc_fuzz [first seed [number of seeds]]    Exit 0: nothing was found.
 //
 // One fuzz_x(seed) per structure; kFuzzers names them.
+#include "fuzz.hpp"
 #include "page_pool.hpp"
 #include "sha256.hpp"
 
@@ -19,11 +20,6 @@
 using namespace splitdecode;
 
 namespace {
-
-#define EXPECT(held)                                                                                                   \
-    do {                                                                                                               \
-        if (!(held)) throw std::runtime_error(std::string("line ") + std::to_string(__LINE__) + ": " #held);           \
-    } while (false)
 
 template <class F> bool misused(F&& act) {
     try {
@@ -145,7 +141,7 @@ struct Fuzzer {
     void (*run)(uint64_t seed);
 };
 
-constexpr Fuzzer kFuzzers[] = {{"page_pool", fuzz_page_pool}};
+constexpr Fuzzer kFuzzers[] = {{"page_pool", fuzz_page_pool}, {"scheduler", fuzz_scheduler}};
 
 } // namespace
 

@@ -30,4 +30,5 @@ def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "page_pool: 100 seeds" in done.stdout
+    for structure in ("page_pool", "scheduler"):
+        assert f"{structure}: 100 seeds" in done.stdout

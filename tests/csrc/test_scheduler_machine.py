@@ -180,7 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif event.kind == EventKind.DUE and data.draw(st.booleans()):
                 count = data.draw(st.integers(0, event.a))
                 waiting = self.world.scheduler.provisional(event.seq)[:count].tolist()
-                more = self.world.scheduler.accept(event.seq, count)
+                more = self.world.scheduler.accept(event.seq, count, True)
                 if not more:
                     story.settled += b"".join(b"" if i in (0, 21) else WORDS[i] for i in waiting)
                     story.mode = "rest"

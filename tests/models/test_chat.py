@@ -282,6 +282,9 @@ HARM = {
     "doubling, compared": repeated("[n.x, n.x]") + "{% set m = n.x %}" + repeated("[n.x, n.x]") + "{{ m == n.x }}",
     "doubling, tested": repeated("[n.x, n.x]") + "{% set m = n.x %}" + repeated("[n.x, n.x]") + "{{ m is eq n.x }}",
     "doubling, sorted": repeated("[n.x, n.x]") + "{% set m = n.x %}" + repeated("[n.x, n.x]") + "{{ [m, n.x] | sort }}",
+    "doubling, raised": repeated("[n.x, n.x]") + "{{ raise_exception(n.x) }}",
+    "doubling, sought": repeated("[n.x, n.x]") + "{{ [1].index(n.x) }}",
+    "doubling, cased": repeated("[n.x, n.x]") + "{{ n.x is upper }}{{ n.x | upper }}",
     "power": "{{ 9 ** (9 ** 9) }}",
     "power, negative": "{{ (0 - 9) ** (9 ** 9) }}",
     "squares": "{% set n = namespace(x=9) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
@@ -332,6 +335,12 @@ def test_harm_is_stopped_soon(name: str) -> None:
     with pytest.raises((CheckpointError, RequestError), match=r"there/chat_template\.jinja: chat template: "):
         template(HARM[name]).render(CHATS[0])
     assert time.process_time() - started < 5
+
+
+def test_long_conversations_are_no_harm() -> None:
+    chat = [{"role": ("user", "assistant")[i % 2], "content": "word " * 100} for i in range(1500)]
+    for name in TEMPLATES:
+        assert template(TEMPLATES[name]).render(chat)
 
 
 def test_rendering_again_starts_afresh() -> None:

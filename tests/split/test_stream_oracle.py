@@ -85,7 +85,10 @@ def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> Sampling
         some["top_k"] = int(rng.choice([0, 5]))
         some["min_p"] = float(rng.choice([0.0, 0.05]))
     return SamplingParams(
-        temperature=some.pop("temperature", 0.0), max_tokens=int(rng.integers(8, 40)), seed=int(rng.integers(1 << 30)), **some
+        temperature=some.pop("temperature", 0.0),
+        max_tokens=int(rng.integers(8, 40)),
+        seed=int(rng.integers(1 << 30)),
+        **some,
     )
 
 
@@ -111,7 +114,9 @@ def make_decoder(world: World, engine: dict[str, Any], pages: int | None = None)
     return SplitDecoder(world.models, world.tokenizers, eos_ids=Pair((0,), (0,)), config=config)
 
 
-def expected(world: World, decoder: SplitDecoder, prompt: Pair[list[int]], params: SamplingParams, policy: HandoffPolicy) -> Oracle:
+def expected(
+    world: World, decoder: SplitDecoder, prompt: Pair[list[int]], params: SamplingParams, policy: HandoffPolicy
+) -> Oracle:
     spec = Spec(
         tokenizers=world.tokenizers,
         logits=hf_logits(world.hf, world.tables),

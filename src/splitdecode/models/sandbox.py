@@ -56,6 +56,14 @@ _FILTERS = frozenset(
     reject rejectattr reverse select selectattr sort title trim truncate unique upper wordcount
     """.split()  # noqa: SIM905
 )
+# Filters and tests that look no deeper into a list than its own members: their arguments need no weighing.
+_SHALLOW = frozenset(
+    """
+    abs boolean callable count d default defined divisibleby even false first float int integer items iterable last
+    length list map mapping none number odd reject rejectattr reverse sameas select selectattr sequence string true
+    undefined
+    """.split()  # noqa: SIM905
+)
 # A width or precision of four digits, or one that the arguments bring.
 _WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-#0 +]*(\*|\d{4}|\d*\.(\*|\d{4}))")
 _WIDE_FORMAT = re.compile(r"\{[^{}]*(\d{4}|\{)")
@@ -168,7 +176,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             finalize=self._text,
             cache_size=0,
         )
-        kept = {name: self._metered(self.filters[name]) for name in _FILTERS}
+        kept = {name: self._metered(name, self.filters[name]) for name in _FILTERS}
         own: dict[str, Callable[..., Any]] = {
             "_light": lambda value: self.meter.light(value),
             "_looped": self._looped,
@@ -184,13 +192,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "tojson": self._tojson,
         }
         self.filters = kept | own
-        self.tests = {name: self._metered(test) for name, test in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: self._metered(name, test) for name, test in tests.items()}
         self.globals = {
             "range": self._range,
             "dict": lambda *pairs, **named: dict(*pairs, **named),
             "namespace": self.globals["namespace"],
             "joiner": self.globals["joiner"],
-            "raise_exception": _raise_exception,
+            "raise_exception": self._raise_exception,
             "strftime_now": _strftime_now,
         }
 
@@ -216,6 +225,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 name = getattr(__obj, "__name__", "")
                 if name not in allowed:
                     raise SecurityError(f"the method {kind.__name__}.{name}")
+                for value in args:
+                    __self.meter.light(value)
                 if not isinstance(owner, str):
                     return __self._counted(super().call(__context, __obj, *args, **kwargs))
                 given = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
@@ -330,6 +341,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.meter.size(self.meter.weight(value))
         return str(value)
 
+    def _raise_exception(self, message: object) -> None:
+        raise jinja2.TemplateError(self._text(message)[:1000])
+
     def _range(self, *bounds: int) -> range:
         found = range(*bounds)
         try:
@@ -357,19 +371,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.meter.tick(len(value))
         return value
 
-    def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        deep = name not in _SHALLOW
+
         @functools.wraps(function)  # keeps Jinja's pass_environment mark, which lies in __dict__
         def metered(*args: Any, **kwargs: Any) -> Any:
             self.meter.tick(_FILTER_STEPS)
-            for value in (*args, *kwargs.values()):
-                self.meter.light(value)
+            if deep:
+                for value in (*args, *kwargs.values()):
+                    self.meter.light(value)
             return self._counted(function(*args, **kwargs))
 
         return metered
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message)[:1000])
 
 
 def _strftime_now(form: str) -> str:

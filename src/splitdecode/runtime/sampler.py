@@ -9,8 +9,9 @@
 A row's result depends on that row alone, whatever stands beside it in the batch. Rows without randomness, bias or
 penalty cost one argmax. Noise is drawn only for ids that can still win.
 
-It works on host memory in numpy (measured on two cores at 2.5 GHz, one row of 152 ids: greedy 8 us), so logits on
-another device are copied here first; a device that keeps its own slot state samples with ops.sample instead.
+It works on host memory in numpy, so logits on another device are copied here first; a device that keeps its own slot
+state samples with ops.sample instead. One row, two busy cores at 2.5 GHz, in us: of 152 ids greedy 30, temperature 120,
+top_p 225; of 151,936 greedy 50, top_k and top_p 1000, top_p 2700, temperature 1300 (peaked) to 4700 (flat).
 """
 
 from __future__ import annotations

@@ -233,4 +233,3 @@ class Engine:
         pages = rows * (-(-self.max_len[role] // page))
         draws = min(config.max_num_batched_tokens, max(64, rows * (config.read_interval + 1)))
         return StepBuffers(page, config.max_num_batched_tokens, rows, pages, draws)
-

@@ -1,10 +1,10 @@
 """F5: who should write where. A policy is a plain object; the mechanics of changing hands are in sequence.py.
 
-    owner(position)      who writes the content token at that position; None: the control tags decide
-    next_mark(position)  the next content position at which owner() may change; None: never
-    opening              what an opening tag by the small model means
-    tags                 a switch by position writes the tags into the small lane
-    reads_along          the small model follows the large one's span, prefix by prefix
+owner(position)      who writes the content token at that position; None: the control tags decide
+next_mark(position)  the next content position at which owner() may change; None: never
+opening              what an opening tag by the small model means
+tags                 a switch by position writes the tags into the small lane
+reads_along          the small model follows the large one's span, prefix by prefix
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from splitdecode.errors import RequestError
 from splitdecode.split.roles import Pair, Role
@@ -20,8 +20,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise RequestError(f"prompts: found {_short(prompts)}, expected a str, a list of token ids, "
                            '{"prompt": str}, {"prompt_token_ids": ids}, or a non-empty list of these')  # fmt: skip
     if all(isinstance(item, int) for item in prompts):
-        return [prompts]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def prompt_ids(tokens: PairTokens, prompt: Prompt, other: Prompt | None, limits: Pair[int]) -> Pair[list[int]]:
@@ -60,7 +60,7 @@ def _encode(tokens: PairTokens, role: Role, prompt: Prompt, limit: int) -> list[
     if text is not None:
         ids = tokens.tokenizers[role].encode(text)
     elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
-        ids = list(given)
+        ids = cast(list[int], list(given))
     else:
         raise RequestError(f'prompt: found {_short(prompt)}, expected a str, a list of token ids, {{"prompt": str}} or '
                            '{"prompt_token_ids": ids}')  # fmt: skip

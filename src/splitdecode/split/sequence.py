@@ -10,10 +10,9 @@ passed by the small model reading along. The scheduler owns ids, bytes and pages
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from splitdecode._C import Event, EventKind, Phase, Scheduler
 from splitdecode.config import EngineConfig, SamplingParams, Stream
+from splitdecode.split.block import Block
 from splitdecode.split.handoff import Action, Handoff
 from splitdecode.split.policies import CloseRule, ControlTags, HandoffPolicy, Opening
 from splitdecode.split.roles import Pair, Role
@@ -21,32 +20,6 @@ from splitdecode.split.tokens import PairTokens
 
 SMALL, LARGE = Role.SMALL, Role.LARGE
 OPENING, CLOSING = 0, 1
-
-
-@dataclass(slots=True)
-class Block:
-    """Provisional large tokens as the small lane reads them; offsets count ids behind `base`, a small-lane position."""
-
-    base: int
-    ids: list[int]
-    stretches: list[tuple[int, list[int]]]  # (large tokens, small ids)
-    first: int  # small-lane position of the first draw
-    start: int  # content position of its first token
-    accepted: int = 0  # large tokens of the block that are content
-    candidate: int = -1
-    found: list[tuple[int, list[int]]] = field(default_factory=list)  # CONTINUE, "last": (candidate, continuation)
-
-    def tokens(self) -> int:
-        return sum(count for count, _ in self.stretches)
-
-    def whole(self, prefix: int) -> tuple[int, int]:
-        """(large tokens, small ids) of the stretches that lie within the first `prefix` ids."""
-        tokens = ids = 0
-        for count, part in self.stretches:
-            if ids + len(part) > prefix:
-                break
-            tokens, ids = tokens + count, ids + len(part)
-        return tokens, ids
 
 
 class SplitSequence:
@@ -238,29 +211,30 @@ class SplitSequence:
         block = self._block()
         block.candidate = candidate
         prefix = self._prefix(candidate)
-        rule = self.policy
-        if not (isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE):
-            if events := self._accept(block.whole(prefix)[0]):
-                return events
-            steps, draw = 0, candidate
-        else:
-            if rule.which == "first" and (events := self._accept(block.whole(prefix)[0])):
-                return events
-            steps, draw = rule.probe_tokens, -1
+        steps, draw, waits = self._rule(candidate)
+        if not waits and (events := self._accept(block.whole(prefix)[0])):
+            return events
         if block.base + prefix >= self._limit(SMALL):
-            return self.finish("length") if draw >= 0 or rule.which == "first" else self._decided()
+            return self._decided() if waits else self.finish("length")
         stream = Stream.CONFIRM.word()
         return self.scheduler.confirm(self.handle, SMALL, block.base + prefix, draw, steps, stream)
 
-    def _completed(self, event: Event) -> list[Event]:
-        block, rule = self._block(), self.policy
+    def _rule(self, candidate: int) -> tuple[int, int, bool]:
+        """(steps, draw, waits): how a candidate is tried; `waits`: the block is settled only when all were tried."""
+        rule = self.policy
         if isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE:
-            start = block.base + self._prefix(block.candidate)
-            ids = [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, start, event.c)]
-            ids += self._cut(event.c, event.d)
-            block.found.append((block.candidate, ids))
-            return self._decided() if rule.which == "first" else self._resume()
-        return self._close(block.candidate)
+            return rule.probe_tokens, -1, rule.which == "last"
+        return 0, candidate, False
+
+    def _completed(self, event: Event) -> list[Event]:
+        block = self._block()
+        steps, _, waits = self._rule(block.candidate)
+        if not steps:
+            return self._close(block.candidate)
+        start = block.base + self._prefix(block.candidate)
+        ids = [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, start, event.c)]
+        block.found.append((block.candidate, ids + self._cut(event.c, event.d)))
+        return self._resume() if waits else self._decided()
 
     def _resume(self) -> list[Event]:
         """The candidate is settled for now: restore what was read, go on at the next prefix."""
@@ -329,7 +303,7 @@ class SplitSequence:
             self.scheduler.drop_provisional(self.handle)
             self._retarget(LARGE, self.span_base + written, [])
             if self.block is not None:
-                self._retarget(SMALL, self.block.base, self._read_ids(self.block))
+                self._retarget(SMALL, self.block.base, self._read_ids())
         else:
             if not self._catch_up(SMALL):
                 return self.finish("length")
@@ -340,19 +314,13 @@ class SplitSequence:
             self._retarget(SMALL, start, self.tokens.tag_ids[CLOSING])
         return self._return_pen(start)
 
-    def _read_ids(self, block: Block) -> list[int]:
-        """What the small lane keeps of a block whose first tokens only became content."""
+    def _read_ids(self) -> list[int]:
+        """What the small lane keeps of the block when only its first tokens became content."""
+        block = self._block()
         kept = self._position() - block.start
-        ids: list[int] = []
-        for count, part in block.stretches:
-            if count > kept:
-                if kept:
-                    authors = [int(i) for i in self.scheduler.content(self.handle, self._position() - kept)[0]]
-                    ids += self.tokens.project(LARGE, authors)
-                break
-            ids += part
-            kept -= count
-        return ids
+        tokens, ids = block.within(kept)
+        rest = self.scheduler.content(self.handle, block.start + tokens)[0] if tokens < kept else []
+        return block.ids[:ids] + (self.tokens.project(LARGE, [int(i) for i in rest]) if tokens < kept else [])
 
     def _return_pen(self, scan_from: int) -> list[Event]:
         self.block = None

@@ -1,0 +1,59 @@
+"""Models whose logits are a table over positions: what a test wants written, and nothing to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from oracles.tiny import ToyTokenizer
+from torch import Tensor
+
+from splitdecode import EngineConfig, SplitDecoder
+from splitdecode.split.roles import Pair
+
+NEVER = -60.0
+
+
+class Scripted:
+    """logits for the token at position p: table[p]. Repeats a default row beyond what the script says."""
+
+    def __init__(self, vocab: int, positions: int = 256) -> None:
+        self.table = torch.full((positions, vocab), NEVER, dtype=torch.float64)
+        self.config = SimpleNamespace(
+            vocab_size=vocab, max_positions=positions, num_layers=1, num_kv_heads=1, head_dim=2
+        )
+        self.dtype, self.device = torch.float64, torch.device("cpu")
+        self.forwards: list[int] = []
+
+    def says(self, at: int, ids: Sequence[int]) -> Scripted:
+        """The tokens for positions at, at + 1, ..."""
+        for offset, token in enumerate(ids):
+            self.table[at + offset] = NEVER
+            self.table[at + offset, token] = 0.0
+        return self
+
+    def draws(self, at: int, logits: Mapping[int, float]) -> Scripted:
+        """The distribution of the token at position `at`."""
+        self.table[at] = NEVER
+        for token, value in logits.items():
+            self.table[at, token] = value
+        return self
+
+    def new_cache(self, num_pages: int, page_size: int) -> Tensor:
+        return torch.zeros(1, num_pages, page_size, 2, 1, 2, dtype=torch.float64)
+
+    def forward(self, batch: Any, kv: Tensor, rows: Tensor) -> Tensor:
+        self.forwards.append(len(batch.tokens))
+        return self.table[batch.positions[rows].long() + 1]
+
+
+def scripted_pair(pieces: Sequence[str], **engine: Any) -> tuple[SplitDecoder, Pair[Scripted], ToyTokenizer]:
+    """A decoder over two scripted models with one tokenizer; EOS is id 0."""
+    tokenizer = ToyTokenizer(pieces)
+    models = Pair(Scripted(tokenizer.size), Scripted(tokenizer.size))
+    engine.setdefault("kv_cache_memory", "4MiB")
+    config = EngineConfig(**engine)
+    decoder = SplitDecoder(models, Pair(tokenizer, tokenizer), eos_ids=Pair((0,), (0,)), config=config)  # type: ignore[arg-type]
+    return decoder, models, tokenizer
