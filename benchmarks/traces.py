@@ -15,6 +15,7 @@ A trace is data: the same name, seed and index give the same trace.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -114,7 +115,7 @@ def _stress(rng: random.Random, seed: int) -> Trace:
 def _skewed(rng: random.Random, median: float, below: float, above: float) -> float:
     """Log-normal about `median`, with a log-spread of its own on either side."""
     z = NormalDist().inv_cdf(rng.uniform(1e-9, 1 - 1e-9))
-    return median * float(2.718281828459045 ** (z * (below if z < 0 else above)))
+    return median * math.exp(z * (below if z < 0 else above))
 
 
 def _segment(rng: random.Random) -> int:

@@ -68,8 +68,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument("--small", help="directory or hub id of the small model (default: the embedded pair)")
     models.add_argument("--large", help="directory or hub id of the large model")
-    models.add_argument("--small-revision", help="hub revision of the small model")
-    models.add_argument("--large-revision", help="hub revision of the large model")
+    for role in Role:
+        models.add_argument(f"--{role}-revision", help=f"hub revision of the {role} model")
     models.add_argument("--device", default="cpu")
     models.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     models.add_argument("--kv-cache-memory", default="256MiB", help="for both caches together (default 256MiB)")
@@ -97,7 +97,7 @@ def _decoder(args: argparse.Namespace) -> SplitDecoder:
         args.small,
         args.large,
         dtype=args.dtype,
-        revisions=(args.small_revision, args.large_revision),
+        revisions=[getattr(args, f"{role}_revision") for role in Role],
         **options,
     )
 

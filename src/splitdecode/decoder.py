@@ -87,7 +87,7 @@ class SplitDecoder:
         *,
         device: str = "cpu",
         dtype: str | torch.dtype = "auto",
-        revisions: tuple[str | None, str | None] = (None, None),
+        revisions: Sequence[str | None] = (None, None),
         tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
         **engine: Any,
     ) -> SplitDecoder:

@@ -159,7 +159,7 @@ def test_whole_tag_ids_are_masked_in_the_large_model() -> None:
 def test_an_opening_without_room_in_the_large_context_is_refused_and_drawn_again() -> None:
     stage = Stage(page_size=1, max_model_len=32).small(0, "a", "<", "big", "model", ">", "<|eos|>")
     stage.models.small.draws(3 + 1, {IDS["<"]: 9.0, IDS["</"]: 8.0, IDS["b"]: 1.0})  # </ may begin a closing tag only
-    made = stage.decoder._request(stage.prompt, ids(*["a"] * 30), SamplingParams(temperature=0.0, max_tokens=9), None)
+    made = stage.decoder._request(stage.prompt, ids(*["a"] * 31), SamplingParams(temperature=0.0, max_tokens=9), None)
     stage.decoder._queue(made, None)
     while made[0].output is None:
         stage.decoder.engine.tick()

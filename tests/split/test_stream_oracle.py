@@ -12,8 +12,17 @@ import torch
 from oracles.stream import Oracle, Spec, hf_logits
 from oracles.tiny import PIECES, TAGS, WHOLE, Biased, ToyTokenizer, bigrams, load_twin, random_hf
 
-from splitdecode import ControlTags, EngineConfig, ForcedSpans, HandoffPolicy, LargeOnly, RandomSwitch, SamplingParams
-from splitdecode import SmallOnly, SplitDecoder
+from splitdecode import (
+    ControlTags,
+    EngineConfig,
+    ForcedSpans,
+    HandoffPolicy,
+    LargeOnly,
+    RandomSwitch,
+    SamplingParams,
+    SmallOnly,
+    SplitDecoder,
+)
 from splitdecode.config import request_key
 from splitdecode.split.roles import Pair, Role
 
@@ -162,7 +171,7 @@ def run_schedule(world: World, seed: int) -> int:
         decoder.engine.tick()
         decoder.engine.scheduler.check_invariants()
     handoffs = 0
-    for name, prompt, sampling, policy in zip(names, prompts, params, policies, strict=True):
+    for name, sampling, policy in zip(names, params, policies, strict=True):
         choice = decoder._requests[name][0]
         handoffs += choice.metrics.handoffs
         compare(expected(world, decoder, choice.prompts, sampling, policy), choice.output)

@@ -1,18 +1,18 @@
 """F5: who holds the pen, and when it changes hands: a pure table from events to actions.
 
-pen     event                                          -> pen     action
-SMALL   TAG        an opening tag completed               LARGE   SWITCH   nothing is copied: the lane owes pending ids
-SMALL   TAG        refused by the policy, or no room      SMALL   REJECT   rewound, drawn again without the tag
-SMALL   MARK       a position the policy gives away       LARGE   TURN
-LARGE   DUE        provisional tokens wait                LARGE   ASK      the small lane runs them, a draw at each prefix
-LARGE   READ       no draw enters the closing tag         LARGE   ACCEPT   they are content now; the large model writes on
-LARGE   READ       draw i does                            LARGE   CONFIRM  the small lane writes on until the tag is whole
-LARGE   COMPLETED  it is whole                            SMALL   CLOSE    both lanes retarget to the cut
-LARGE   DIED       it is not                              LARGE   RESUME   the large text stands; the next prefix
-LARGE   MARK       the span's cap, or the policy's stop   SMALL   FORCE    closing-tag ids are forced into the small lane
-LARGE   FULL       the large context is full              SMALL   FORCE
-any     MARK       the position changes nothing           same    STAY
-any     END, STOP, LENGTH, BROKEN; SMALL FULL             nobody  FINISH
+pen    event                                         -> pen    action
+SMALL  TAG        an opening tag completed              LARGE  SWITCH   nothing is copied: the lane owes pending ids
+SMALL  TAG        refused by the policy, or no room     SMALL  REJECT   rewound, drawn again without the tag
+SMALL  MARK       a position the policy gives away      LARGE  TURN
+LARGE  DUE        provisional tokens wait               LARGE  ASK      the small lane reads, a draw at each prefix
+LARGE  READ       no draw enters the closing tag        LARGE  ACCEPT   they are content; the large model writes on
+LARGE  READ       draw i does                           LARGE  CONFIRM  the small lane writes until the tag is whole
+LARGE  COMPLETED  it is whole                           SMALL  CLOSE    both lanes retarget to the cut
+LARGE  DIED       it is not                             LARGE  RESUME   the large text stands; the next prefix
+LARGE  MARK       the span's cap, or the policy's stop  SMALL  FORCE    closing-tag ids are put into the small lane
+LARGE  FULL       the large context is full             SMALL  FORCE
+any    MARK       the position changes nothing          same   STAY
+any    END, STOP, LENGTH, BROKEN; SMALL FULL            nobody FINISH
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class RandomSwitch(HandoffPolicy):
 
 
 class ForcedSpans(HandoffPolicy):
-    """The large model writes the content tokens in `spans` (half-open, content-token positions), the small one the rest.
+    """The large model writes the content tokens in `spans` (half-open positions), the small one the rest.
 
     tags         True: the tags are put into the small lane around each span. Default: no tag enters it
     reads_along  True: the small model follows as under ControlTags, so a forced trace pays for reading along and for

@@ -319,8 +319,8 @@ class SplitSequence:
         block = self._block()
         kept = self._position() - block.start
         tokens, ids = block.within(kept)
-        rest = self.scheduler.content(self.handle, block.start + tokens)[0] if tokens < kept else []
-        return block.ids[:ids] + (self.tokens.project(LARGE, [int(i) for i in rest]) if tokens < kept else [])
+        rest = [int(i) for i in self.scheduler.content(self.handle, block.start + tokens)[0]]
+        return block.ids[:ids] + (self.tokens.project(LARGE, rest) if rest else [])
 
     def _return_pen(self, scan_from: int) -> list[Event]:
         self.block = None
