@@ -28,7 +28,7 @@ from splitdecode.runtime.sampler import Sampler
 from splitdecode.split.engine import Choice, Engine
 from splitdecode.split.outputs import Delta, RequestMetrics, RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy
-from splitdecode.split.prompts import Prompt, as_prompts, prompt_ids, with_hint
+from splitdecode.split.prompts import Prompt, as_prompts, cache_salt, prompt_ids, with_hint
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG, PairTokens
 from splitdecode.split.transcript import TextStream
@@ -170,7 +170,8 @@ class SplitDecoder:
         """Answers every prompt; results in the order of the prompts.
 
         prompts: a str, a list of token ids, {"prompt": str}, {"prompt_token_ids": ids}, or a list of these. Both models
-        see the same text, unless large_prompt says what the large one sees. sampling_params: one for all or one each;
+        see the same text, unless large_prompt says what the large one sees. A mapping may carry "cache_salt": requests
+        share cached prefixes only under equal salts. sampling_params: one for all or one each;
         None: the small checkpoint's generation_config. handoff: ControlTags() by default.
         Raises RequestError before anything runs when a prompt or parameter cannot be served.
         """
@@ -297,10 +298,11 @@ class SplitDecoder:
                                    f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         metrics = RequestMetrics()
+        salt = cache_salt(prompt)
         choices: list[Choice] = []
         for index in range(params.n):
             key = request_key(seed, index)
-            choice = Choice(prompts, params, policy.bind(key), key, index, metrics)
+            choice = Choice(prompts, params, policy.bind(key), key, index, metrics, salt)
             choice.leader = choices[0] if choices else None
             choice.stream = TextStream(index) if streams else None
             choices.append(choice)

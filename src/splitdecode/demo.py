@@ -8,6 +8,7 @@ import random
 import re
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the demo. Exit code 0 when every answer was right."""
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
     console = Console(highlight=False)
     params = SamplingParams(temperature=0.0, max_tokens=400, skip_special_tokens=False)
     total = RequestMetrics()

@@ -229,6 +229,7 @@ class Walk {
                 due(event);
                 break;
             case EventKind::READ:
+                for (int32_t id : scheduler_.at(event.seq).draws) EXPECT(id >= 0);
                 if (event.a >= 0) {
                     confirm(event.seq);
                     break;

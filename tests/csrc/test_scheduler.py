@@ -1,4 +1,7 @@
-"""Scheduler.plan() and commit(), case by case: packing, pages, admission, run-ahead, epochs. Events: test_events.py."""
+"""Scheduler.plan() and commit(), case by case: packing, run-ahead, epochs, limbo, admission, preemption.
+
+Events are in test_events.py, adopted pages in test_prefix_cache.py.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,6 @@ def state(world: World, seq: int, lane: int = 0) -> dict[str, object]:
     return {key: value for key, value in found.items() if key not in ("pages", "epoch")}
 
 
-def rows(world: World, lane: int = 0) -> list[tuple[int, int, int]]:
-    """[(seq, start, count)] of the next plan."""
-    step = world.plan(lane)
-    return [(row.seq, row.positions[0], len(row.tokens)) for row in step.rows] if step else []
-
-
 # ---- packing
 
 
@@ -50,16 +47,16 @@ def test_rows_share_the_budget_in_order_of_arrival() -> None:
     world = World(Shape(tokens=5, caching=False))
     for prompt in (words("a", "b", "a"), words("b", "b", "b"), words("a")):
         world.write(world.add([prompt, prompt]), 0)
-    assert rows(world) == [(0, 0, 3), (1, 0, 2)]
+    assert world.rows(0) == [(0, 0, 3), (1, 0, 2)]
     world.land(0)
-    assert rows(world) == [(0, 3, 1), (1, 2, 1), (2, 0, 1)]
+    assert world.rows(0) == [(0, 3, 1), (1, 2, 1), (2, 0, 1)]
 
 
 def test_no_more_rows_than_there_is_room_for() -> None:
     world = World(Shape(rows=2, logits=1))
     for _ in range(3):
         world.write(world.add([words("a"), words("a")]), 0)
-    assert rows(world) == [(0, 0, 1)]  # one row of logits
+    assert world.rows(0) == [(0, 0, 1)]  # one row of logits
 
 
 def test_a_logits_row_names_its_draw() -> None:
@@ -232,61 +229,6 @@ def test_nothing_lands_between_an_event_and_its_answer() -> None:
     assert world.scheduler.phase(seq) == Phase.FROZEN
 
 
-# ---- pages and the prefix cache
-
-
-def test_a_prompt_is_adopted_from_the_cache() -> None:
-    world, first = writing(Shape(), LONG)
-    world.step(0)
-    second = world.add([LONG, LONG])
-    world.write(second, 0)
-    assert rows(world) == [(first, 10, 1), (second, 8, 2)]
-    assert world.scheduler.stats(second, 0)["cached_tokens"] == 8
-    shared = [list(world.scheduler.lane_state(seq, 0)["pages"][:2]) for seq in (first, second)]
-    assert shared[0] == shared[1]
-
-
-@pytest.mark.parametrize("change", ["salt", "caching", "prompt"])
-def test_what_is_not_adopted(change: str) -> None:
-    world, _ = writing(Shape(caching=change != "caching"), LONG)
-    world.step(0)
-    prompt = words("b") + LONG[1:] if change == "prompt" else LONG
-    second = world.add([prompt, prompt], salt=b"other" if change == "salt" else b"")
-    world.write(second, 0)
-    assert rows(world)[1] == (second, 0, 10)
-
-
-def test_a_retarget_into_a_published_page_gives_it_back() -> None:
-    """At most a page is computed again; the published one is not written."""
-    world, seq = writing(Shape(), LONG)
-    world.step(0)
-    before = world.scheduler.lane_state(seq, 0)["pages"].tolist()
-    world.retarget(seq, 0, 10, [])
-    world.write(seq, 0)
-    assert state(world, seq)["cached"] == 9  # page 2 holds 8 and 9, and is nobody else's
-    twin = world.add([LONG[:7], LONG[:7]])
-    world.write(twin, 0)
-    world.step(0)
-    world.retarget(twin, 0, 7, [])
-    assert state(world, twin)["cached"] == 7
-    world.check()
-    assert world.scheduler.lane_state(seq, 0)["pages"].tolist() == before
-
-
-def test_a_read_from_inside_a_published_page_recomputes_it() -> None:
-    world = World(Shape())
-    seq = world.add([words("a"), words("a")])
-    world.retarget(seq, 0, 1, LONG)
-    world.write(seq, 0)
-    world.step(0)
-    assert state(world, seq)["cached"] == 11
-    world.read(seq, 0, 6)
-    assert state(world, seq)["cached"] == 4
-    assert rows(world) == [(seq, 4, 8)]
-    world.land(0)
-    world.check()
-
-
 # ---- admission and preemption
 
 
@@ -295,10 +237,10 @@ def test_first_come_first_served() -> None:
     seqs = [world.add([words("a"), words("a")]) for _ in range(3)]
     for seq in reversed(seqs):
         world.write(seq, 0)
-    assert [row[0] for row in rows(world)] == seqs[:2]
+    assert [row[0] for row in world.rows(0)] == seqs[:2]
     world.land(0)
     world.finish(seqs[0])
-    assert [row[0] for row in rows(world)] == seqs[1:]
+    assert [row[0] for row in world.rows(0)] == seqs[1:]
 
 
 def test_a_large_prompt_is_not_overtaken() -> None:
@@ -308,21 +250,21 @@ def test_a_large_prompt_is_not_overtaken() -> None:
     small = world.add([words("a"), words("a")])
     for seq in (first, large, small):
         world.write(seq, 0)
-    assert [row[0] for row in rows(world)] == [first]
+    assert [row[0] for row in world.rows(0)] == [first]
     world.land(0)
     world.finish(first)
-    assert [row[0] for row in rows(world)] == [large]
+    assert [row[0] for row in world.rows(0)] == [large]
 
 
 def test_siblings_wait_for_their_leaders_prompt() -> None:
     world, leader = writing(Shape(tokens=6), LONG)
     sibling = world.add([LONG, LONG], leader=leader)
     world.write(sibling, 0)
-    assert rows(world) == [(leader, 0, 6)]
+    assert world.rows(0) == [(leader, 0, 6)]
     world.land(0)
-    assert rows(world) == [(leader, 6, 4)]
+    assert world.rows(0) == [(leader, 6, 4)]
     world.land(0)
-    assert rows(world) == [(leader, 10, 1), (sibling, 8, 2)]
+    assert world.rows(0) == [(leader, 10, 1), (sibling, 8, 2)]
 
 
 @pytest.mark.parametrize("how", ["finish", "other lane"])
@@ -334,7 +276,7 @@ def test_a_leader_that_does_not_come_is_not_waited_for(how: str) -> None:
         world.finish(leader)
     else:
         world.write(leader, 1)
-    assert rows(world) == [(sibling, 0, 10)]
+    assert world.rows(0) == [(sibling, 0, 10)]
 
 
 def test_the_youngest_gives_up_its_pages_of_every_pool() -> None:

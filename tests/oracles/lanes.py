@@ -268,6 +268,11 @@ class World:
         logprobs = np.array([logprob(i) for i in step.samples], np.float32)
         return self.scheduler.commit(lane, ids, logprobs, 1.0)
 
+    def rows(self, lane: int) -> list[tuple[int, int, int]]:
+        """Plans: [(seq, start, count)]."""
+        step = self.plan(lane)
+        return [(row.seq, row.positions[0], len(row.tokens)) for row in step.rows] if step else []
+
     def step(self, lane: int) -> list[Event]:
         """Plans and lands at once; nothing to plan raises no events."""
         return self.land(lane) if self.plan(lane) else []

@@ -35,6 +35,14 @@ def prompt_ids(tokens: PairTokens, prompt: Prompt, other: Prompt | None, limits:
     return Pair(first, tokens.project(Role.SMALL, first))
 
 
+def cache_salt(prompt: Prompt) -> bytes:
+    """The tenant whose cached prefixes this request may share: {"cache_salt": str}. Raises RequestError."""
+    salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
+    if not isinstance(salt, str):
+        raise RequestError(f"cache_salt: found {_short(salt)}, expected a str")
+    return salt.encode()
+
+
 def with_hint(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The conversation as the small model sees it: the hint sentence behind the last user message."""
     said = list(messages)
