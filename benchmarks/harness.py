@@ -71,6 +71,10 @@ class Spread:
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         return Spread(middle, low, high, len(values))
 
+    def scaled(self, factor: float) -> Spread:
+        """The same in another unit."""
+        return Spread(self.median * factor, self.low * factor, self.high * factor, self.count)
+
 
 def repeat(work: Callable[[], Any], iterations: int, warm_up: int, settle: Callable[[], None] = lambda: None) -> Timed:
     """Runs `work` warm_up + iterations times and keeps the times and the last result. settle: called before the clock

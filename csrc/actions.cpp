@@ -36,8 +36,8 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
                 lane.cached = row.start + row.count;
-                commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events);
-                publish(lane, lane_id);
+                if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events))
+                    publish(lane, lane_id);
                 if (sequence->phase == Phase::FROZEN) cancel_all(*sequence); // nothing lands before the answer
             } else {
                 lane.stats.discarded += row.logits;
@@ -63,12 +63,13 @@ void Scheduler::discard_flight(int32_t lane_id) {
     land_limbo(lane_id);
 }
 
-void Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
+// False: NaN logits. What such a step wrote is never published.
+bool Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
                            const float* logprobs, std::vector<Event>& events) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];
     if (std::any_of(ids, ids + row.logits, [](int32_t id) { return id < 0; })) {
         sequence.raise(events, {EventKind::BROKEN, row.seq, lane_id});
-        return;
+        return false;
     }
     lane.stats.sampled += row.logits;
     if (lane.want == Want::WRITE && row.logits > 0) {
@@ -80,12 +81,13 @@ void Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, 
             sequence.draws[static_cast<size_t>(first + k)] = ids[k];
             sequence.draw_logprobs[static_cast<size_t>(first + k)] = logprobs[k];
         }
-        if (lane.cached < lane.size()) return;
+        if (lane.cached < lane.size()) return true;
         int32_t entering = 0;
         const auto total = static_cast<int32_t>(sequence.draws.size());
         while (entering < total && !enters(lane_id, 1, sequence.draws[static_cast<size_t>(entering)])) ++entering;
         sequence.raise(events, {EventKind::READ, row.seq, entering < total ? entering : -1});
     }
+    return true;
 }
 
 // ---- decisions -----------------------------------------------------------------------------------------------------

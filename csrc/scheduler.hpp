@@ -122,7 +122,7 @@ class Scheduler {
     void pack(Sequence& sequence, int32_t lane, int32_t count, const PlanBuffers& out, PlanCounts& counts,
               Flight& flight);
     void count_row(const Sequence& sequence, Lane& lane, int32_t count);
-    void commit_row(const Row& row, Sequence& sequence, int32_t lane, const int32_t* ids, const float* logprobs,
+    bool commit_row(const Row& row, Sequence& sequence, int32_t lane, const int32_t* ids, const float* logprobs,
                     std::vector<Event>& events);
     bool is_end(const Sequence& sequence, int32_t lane, int32_t id) const;
     void check_lane(const Sequence& sequence, int32_t lane, std::vector<int32_t>& owners);

@@ -320,13 +320,15 @@ class SplitDecoder:
     def _run(self, ids: Iterable[str], use_tqdm: bool) -> None:
         choices = [choice for request_id in ids for choice in self._requests[request_id]]
         bar = _progress(len(choices)) if use_tqdm else None
-        done = 0
-        while done < len(choices):
+        left, unfinished = len(choices), -1
+        while left:
             self.engine.tick()
-            finished = sum(choice.output is not None for choice in choices)
-            if bar is not None and finished > done:
-                bar.update(finished - done)
-            done = finished
+            if self.engine.unfinished == unfinished:
+                continue  # nobody was retired: nothing to count
+            unfinished = self.engine.unfinished
+            before, left = left, sum(choice.output is None for choice in choices)
+            if bar is not None:
+                bar.update(before - left)
         if bar is not None:
             bar.close()
 

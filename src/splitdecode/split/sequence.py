@@ -330,7 +330,7 @@ class SplitSequence:
     def _finish_on(self, event: Event) -> list[Event]:
         kind = event.kind
         if kind == EventKind.BROKEN:
-            return self.finish("error", "NaN logits")
+            return self.finish("error", "no token could be drawn: NaN logits, or every id excluded")
         if kind == EventKind.END:
             return self.finish("stop", event.a if event.a in self.params.stop_ids else None)
         if kind == EventKind.STOP:

@@ -1,0 +1,211 @@
+"""Benchmarks: one latency measurement: a pair, its requests, every mode of ours, the peer on the same tokens.
+
+The tokens are fixed before anything is timed: those of the trace, or those the pair writes by its own tags. Every mode
+and peer then writes as many. A floor is what streaming the weights of the very authors of these tokens would take;
+catching up, reading along and prefilling are overhead by that measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from harness import Timed, bandwidths, machine, read_bandwidth, repeat, use_threads
+from pairs import Source, build, check_fits, resolve
+from peers import Pieces, TransformersPeer, versions
+from runs import MODES, Job, count, describe, is_by_tags, observed, timed
+from traces import Trace, make_trace
+
+from splitdecode.decoder import SplitDecoder
+from splitdecode.demo import problems
+from splitdecode.errors import RequestError
+from splitdecode.split.outputs import RequestOutput
+from splitdecode.split.policies import ControlTags
+from splitdecode.split.roles import Pair, Role
+
+_ANSWER = 192  # tokens the embedded pair's answers stay under
+_ALONE = {"small": Role.SMALL, "large": Role.LARGE}
+
+
+class Measurement:
+    """One command: a pair, its jobs, and what each mode and peer took."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Everything that can be refused is refused here, before any model is loaded."""
+        self.args = args
+        self.modes = _modes(args.modes)
+        self.sources = Pair.of(lambda r: resolve(args.large if r else args.small, r, args.dtype))
+        self.trace = self._trace()
+        peer = versions() if args.compare else {}
+        length = self._length()
+        check_fits(self.sources, length, args.device, copies=2 if args.compare else 1)
+        use_threads(args.threads)
+        self.machine = {**machine(args.device), **peer, "bandwidth_gbps": bandwidths(args.device)}
+        self.floors = self.sources.map(self._floor_ms)
+        self.decoder = build(
+            self.sources,
+            length,
+            device=args.device,
+            page_size=args.page_size,
+            read_interval=args.read_interval,
+            split_tags=self.trace is not None and self.trace.split_tags,
+        )
+        self.results: dict[str, dict[str, Any]] = {}
+        self.peers: dict[str, dict[str, Any]] = {}  # "small, alone" -> figures
+
+    def run(self) -> None:
+        """Every mode, then the peer."""
+        args, jobs = self.args, self._jobs()
+        for mode in self.modes:
+            own = [job.mode(mode) for job in jobs]
+            outputs, observer = observed(self.decoder, own)
+            took = timed(self.decoder, own, args.num_iters, args.num_iters_warmup, self._settle)
+            floor = sum(o.metrics.models[r].tokens * self.floors[r] for o in outputs for r in Role)
+            self.results[mode] = {**self._figures(took, count(outputs), floor), **describe(outputs, observer)}
+        if args.compare:
+            self._compare(jobs)
+
+    # ---- what to write
+
+    def _trace(self) -> Trace | None:
+        """The forced hand-offs; None: the tags of the embedded pair decide."""
+        args = self.args
+        if args.trace is None and all(source.kind == "demo" for source in self.sources):
+            return None
+        trace = make_trace(args.trace or "math", args.seed)
+        return trace.scaled(args.max_tokens) if args.max_tokens > 0 else trace
+
+    def _length(self) -> int:
+        """Positions a lane may need: prompt, answer, the tags of every span, a block beyond."""
+        if self.trace is None:
+            return min(source.config.max_positions for source in self.sources)
+        prompt = self.args.input_len or self.trace.prompt_tokens
+        tags = 8 if self.trace.split_tags else 2
+        return prompt + self.trace.total_tokens + tags * len(self.trace.spans) + self.args.read_interval + 2
+
+    def _jobs(self) -> list[Job]:
+        """The requests of the split mode, each with the number of tokens it comes to."""
+        if self.trace is None:
+            encode = self.decoder.tokenizers[Role.SMALL].encode
+            tasks = problems(self.args.problems, self.args.seed + 7)
+            open_ended = [Job(encode(task.prompt), _ANSWER, ControlTags(), ends=True) for task in tasks]
+            answers, _ = observed(self.decoder, open_ended)
+            return [job.fixed(answer) for job, answer in zip(open_ended, answers, strict=True)]
+        prompt = self.trace.prompt_ids(min(self.decoder.vocab_limits))
+        if self.args.input_len:
+            prompt = (prompt * (self.args.input_len // len(prompt) + 1))[: self.args.input_len]
+        return [Job(prompt, self.trace.total_tokens, self.trace.policy(), tuple(self.trace.pieces()))]
+
+    # ---- the peer
+
+    def _compare(self, jobs: list[Job]) -> None:
+        roles = list(Role) if "split" in self.modes else [_ALONE[mode] for mode in self.modes]
+        peer = _peer(self.decoder, self.sources, roles, self.args.device)
+        tokens = sum(job.tokens for job in jobs)
+        for mode, role in _ALONE.items():
+            if mode in self.modes:
+                took = self._time([lambda j=job, r=role: peer.alone(r, j.prompt, j.tokens) for job in jobs])
+                self.peers[f"{mode}, alone"] = self._figures(took, tokens, tokens * self.floors[role])
+        if "split" not in self.modes:
+            return
+        pieces: list[Pieces] = [list(job.pieces) for job in jobs]
+        floor = sum(n * self.floors[Role.LARGE if large else Role.SMALL] for p in pieces for large, n in p)
+        probe = self.args.probe and self.trace is not None
+        took = self._time([lambda j=job: peer.told(j.prompt, list(j.pieces), probe) for job in jobs])
+        self.peers["split, told, probing too" if probe else "split, told"] = self._figures(took, tokens, floor)
+        if all(map(is_by_tags, jobs)):
+            block = self.args.read_interval
+            took = self._time([lambda j=job: peer.probing(j.prompt, j.tokens, block) for job in jobs])
+            figures = self._figures(took, sum(map(len, took.result)), floor)
+            answers = [output.outputs[0].token_ids for output in observed(self.decoder, jobs)[0]]
+            self.peers["split, probing"] = {**figures, "same_tokens": took.result == answers}
+
+    # ---- small words
+
+    def _time(self, calls: Sequence[Callable[[], list[int]]]) -> Timed:
+        return repeat(lambda: [call() for call in calls], self.args.num_iters, self.args.num_iters_warmup, self._settle)
+
+    def _settle(self) -> None:
+        if self.args.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def _figures(self, took: Timed, tokens: int, floor_ms: float) -> dict[str, Any]:
+        """Times per token. The trusted clock is CPU time, on a GPU wall time."""
+        trusted = (took.wall if self.args.device.startswith("cuda") else took.cpu).median
+        return {
+            "tokens": tokens,
+            "cpu_ms_per_token": took.cpu.scaled(1 / tokens),
+            "wall_ms_per_token": took.wall.scaled(1 / tokens),
+            "tokens_per_second": 1e3 * tokens / trusted,
+            "floor_ms_per_token": floor_ms / tokens,
+            "roofline_share": floor_ms / trusted,
+        }
+
+    def _floor_ms(self, source: Source) -> float:
+        """Streaming a model's weights once, at the bandwidth measured for as many bytes."""
+        return source.step_bytes / read_bandwidth(source.step_bytes, self.args.device) / 1e6
+
+    def ratios(self) -> dict[str, float]:
+        """How many times longer the peer takes per token, by the trusted clock."""
+        rates = {mode: result["tokens_per_second"] for mode, result in self.results.items()}
+        return {name: rates[name.split(",")[0]] / peer["tokens_per_second"] for name, peer in self.peers.items()}
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for the last line."""
+        trace, args = self.trace, self.args
+        return {
+            "benchmark": "latency",
+            "machine": self.machine,
+            "pair": {str(role): self._describe(role) for role in Role},
+            "settings": {
+                "device": args.device,
+                "page_size": args.page_size,
+                "read_interval": args.read_interval,
+                "num_iters": args.num_iters,
+                "num_iters_warmup": args.num_iters_warmup,
+                "trusted_clock": "wall" if args.device.startswith("cuda") else "cpu",
+            },
+            "trace": {"name": "the pair's own tags", "problems": args.problems}
+            if trace is None
+            else {
+                "name": trace.name,
+                "seed": trace.seed,
+                "prompt_tokens": args.input_len or trace.prompt_tokens,
+                "tokens": trace.total_tokens,
+                "offload_fraction": trace.offload,
+                "segments": trace.lengths,
+            },
+            "modes": self.results,
+            "peers": {args.compare: self.peers} if args.compare else {},
+            "times_faster_than_peer": self.ratios(),
+        }
+
+    def _describe(self, role: Role) -> dict[str, Any]:
+        source, model = self.sources[role], self.decoder.models[role]
+        return {
+            "name": source.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weight_bytes_per_token": source.step_bytes,
+            "floor_ms_per_token": self.floors[role],
+            "read_gbps": source.step_bytes / self.floors[role] / 1e6,
+        }
+
+
+def _modes(text: str) -> list[str]:
+    modes = text.split(",")
+    if not modes or not set(modes) <= set(MODES):
+        raise RequestError(f"--modes: found {text!r}, expected some of {','.join(MODES)}")
+    return [mode for mode in MODES if mode in modes]
+
+
+def _peer(decoder: SplitDecoder, sources: Pair[Source], roles: list[Role], device: str) -> TransformersPeer:
+    single = [ids[0] for ids in decoder.tokens.tag_ids if len(ids) == 1]
+    tags = (single[0], single[1]) if len(single) == 2 else None
+    return TransformersPeer(sources, roles, device, tags, decoder.engine.eos_ids, min(decoder.vocab_limits))
+
+
+def answered(output: RequestOutput) -> Pieces:
+    """An answer's segments as (by the large model, tokens)."""
+    return [(span.model == str(Role.LARGE), span.end - span.start) for span in output.outputs[0].spans]
