@@ -24,12 +24,12 @@ lint: $(STAMP)  ## ruff, mypy --strict on src, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp tests/csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp tests/csrc/*.cpp tests/csrc/*.hpp
 
 format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp tests/csrc/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp tests/csrc/*.cpp tests/csrc/*.hpp
 
 build: $(STAMP)  ## the environment and the extension only
 

@@ -21,7 +21,6 @@ from traces import Trace, make_trace
 from splitdecode.decoder import SplitDecoder
 from splitdecode.demo import problems
 from splitdecode.errors import RequestError
-from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags
 from splitdecode.split.roles import Pair, Role
 
@@ -203,9 +202,5 @@ def _modes(text: str) -> list[str]:
 def _peer(decoder: SplitDecoder, sources: Pair[Source], roles: list[Role], device: str) -> TransformersPeer:
     single = [ids[0] for ids in decoder.tokens.tag_ids if len(ids) == 1]
     tags = (single[0], single[1]) if len(single) == 2 else None
-    return TransformersPeer(sources, roles, device, tags, decoder.engine.eos_ids, min(decoder.vocab_limits))
-
-
-def answered(output: RequestOutput) -> Pieces:
-    """An answer's segments as (by the large model, tokens)."""
-    return [(span.model == str(Role.LARGE), span.end - span.start) for span in output.outputs[0].spans]
+    ends = decoder.tokenizers.map(lambda t: [] if t.eos_id is None else [t.eos_id])
+    return TransformersPeer(sources, roles, device, tags, ends, min(decoder.vocab_limits))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from harness import Timed, quantile, repeat
@@ -29,12 +29,22 @@ MODES = ("small", "large", "split")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: a prompt, how many tokens at most, who writes them. By tags an answer may end of itself."""
+    """One request: a prompt, how many tokens at most, who writes them; ends: it may end of itself before that.
+
+    pieces: what the split mode comes to, as (by the large model, tokens), in order.
+    """
 
     prompt: list[int]
     tokens: int
     policy: HandoffPolicy
+    pieces: tuple[tuple[bool, int], ...] = ()
     ends: bool = False
+
+    def fixed(self, output: RequestOutput) -> Job:
+        """The request with the tokens and pieces it was answered with."""
+        spans = output.outputs[0].spans
+        pieces = tuple((span.model == str(Role.LARGE), span.end - span.start) for span in spans)
+        return replace(self, tokens=sum(number for _, number in pieces), pieces=pieces)
 
     def mode(self, mode: str) -> Job:
         """The same request written by one model alone, to its full length."""

@@ -38,7 +38,7 @@ def norm_linear_ref(
     For one token on the host the scale is a plain number and rides in the product's alpha: a norm costs one
     reduction (3 us) instead of torch's composite rms_norm (20 to 30 us).
     """
-    if len(x) != 1 or not x.is_cpu:
+    if x.shape[0] != 1 or not x.is_cpu:
         h = rmsnorm_ref(x, weight, eps)
         return torch.mm(h, matrix, out=out) if bias is None else torch.addmm(bias, h, matrix, out=out)
     half = x.dtype.itemsize < 4

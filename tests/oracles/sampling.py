@@ -6,12 +6,14 @@ Independent of splitdecode's arithmetic: its own Philox, its own Gumbel, its own
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from splitdecode.config import SamplingParams
+
+Margins = list[float]  # one entry per draw: the least change of a logit that might have changed what was drawn
 
 WORD = 0xFFFFFFFF
 NO_TOKEN = -1
@@ -109,8 +111,12 @@ def sample_row(
     stop_ids: Collection[int] = (),
     prompt_ids: Sequence[int] = (),
     output_ids: Sequence[int] = (),
+    margins: Margins | None = None,
 ) -> int:
-    """One token id, or NO_TOKEN for a row that holds NaN or +inf, or of which nothing is left."""
+    """One token id, or NO_TOKEN for a row that holds NaN or +inf, or of which nothing is left.
+
+    margins: gets how far the runner-up was behind, or the cut (top_k, top_p, min_p) from another verdict that matters.
+    """
     alive = processed(
         logits,
         params,
@@ -126,6 +132,39 @@ def sample_row(
     if not alive:
         return NO_TOKEN
     if params.temperature < 1e-5:
+        if margins is not None:
+            margins.append(_lead(alive))
         return min(alive, key=lambda token: (-alive[token], token))
-    noisy = {token: alive[token] + gumbel(token, key, position, stream, step, attempt) for token in kept(alive, params)}
-    return min(noisy, key=lambda token: (-noisy[token], token))
+    left = kept(alive, params)
+    noisy = {token: alive[token] + gumbel(token, key, position, stream, step, attempt) for token in left}
+    chosen = min(noisy, key=lambda token: (-noisy[token], token))
+    if margins is not None:
+        lost = [t for t in alive if t not in noisy]
+        beaten = [alive[t] + gumbel(t, key, position, stream, step, attempt) > noisy[chosen] - 1e-3 for t in lost]
+        matters = chosen == left[-1] or any(beaten)
+        margins.append(min(_lead(noisy), _cut_margin(alive, params, len(left)) if matters else math.inf))
+    return chosen
+
+
+def _lead(values: Mapping[int, float]) -> float:
+    best = sorted(values.values(), reverse=True)
+    return best[0] - best[1] if len(best) > 1 else math.inf
+
+
+def _cut_margin(alive: dict[int, float], params: SamplingParams, count: int) -> float:
+    """How little may move the border between the `count` ids kept and the rest."""
+    ranked = sorted(alive, key=lambda token: (-alive[token], token))
+    peak = alive[ranked[0]]
+    border = [token for token in (count - 1, count) if token < len(ranked)]
+    found = [math.inf]
+    if params.min_p > 0:
+        found += [abs(alive[ranked[i]] - peak - math.log(params.min_p)) for i in border]
+    if params.top_k > 0 and count == params.top_k and count < len(ranked):
+        found.append(alive[ranked[count - 1]] - alive[ranked[count]])
+    if params.top_p < 1:
+        masses = [math.exp(alive[token] - peak) for token in ranked[: params.top_k or None]]
+        if params.min_p > 0:
+            masses = [mass for mass in masses if mass >= params.min_p]
+        total = math.fsum(masses)
+        found += [abs(math.fsum(masses[:i]) / total - params.top_p) for i in border if 0 < i < len(masses)]
+    return min(found)

@@ -7,14 +7,10 @@ same text, ids, authors and lanes, whatever its pages, chunks, batches, flights 
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import torch
-from oracles.sampling import sample_row
+from oracles.sampling import Margins, sample_row
+from oracles.words import Spec, enters, locate, longest_partial, whole_characters
 
 from splitdecode.config import SamplingParams
 from splitdecode.split.policies import HandoffPolicy, Opening
@@ -26,20 +22,6 @@ WRITE_SMALL, WRITE_LARGE, CLOSE, CONFIRM = range(4)
 
 class Finished(Exception):
     """Nobody writes any more."""
-
-
-@dataclass
-class Spec:
-    """What both sides know: tokenizers, logits of a lane, limits."""
-
-    tokenizers: Any  # Pair
-    logits: Callable[[Role, list[int]], np.ndarray]
-    tags: tuple[str, str]
-    vocab_limit: tuple[int, int]
-    eos: tuple[list[int], list[int]]
-    max_len: tuple[int, int]
-    max_span: int
-    same: bool
 
 
 @dataclass
@@ -56,7 +38,7 @@ class Oracle:
     tag_log: list[tuple[int, int]] = field(default_factory=list)
     finish: str = ""
     cut: int | None = None
-    margin: float = float("inf")
+    margins: list[tuple[int, float]] | None = None  # a list here gets (content tokens so far, margin) of every draw
 
     def run(self) -> Oracle:
         self.lanes = [list(self.prompts[0]), list(self.prompts[1])]
@@ -92,6 +74,7 @@ class Oracle:
         attempt = self.attempt[0] if stream == WRITE_SMALL and self.attempt[1] == len(ids) else 0
         start = len(self.prompts[role])
         table = self.spec.tokenizers[role].token_bytes
+        margins: Margins | None = None if self.margins is None else []
         token = sample_row(
             self.spec.logits(role, ids),
             self.params,
@@ -107,8 +90,11 @@ class Oracle:
             stop_ids=[*self.spec.eos[role], *self.params.stop_ids],
             prompt_ids=self.prompts[role],
             output_ids=[t for p, t in enumerate(ids) if p >= start and p not in self.marks[role]],
+            margins=margins,
         )
         assert token >= 0
+        if self.margins is not None:
+            self.margins += [(len(self.content), margin) for margin in margins or ()]
         return token
 
     # -- content
@@ -163,12 +149,8 @@ class Oracle:
         while True:
             pieces = self.held_bytes()
             data = b"".join(piece for *_, piece in pieces)
-            ends = [
-                (e, k)
-                for e in range(len(data) + 1)
-                for k, t in enumerate(self.spec.tags)
-                if data[:e].endswith(t.encode())
-            ]
+            tags = list(enumerate(self.spec.tags))
+            ends = [(e, k) for e in range(len(data) + 1) for k, t in tags if data[:e].endswith(t.encode())]
             if not ends:
                 break
             end, kind = min(ends)
@@ -343,7 +325,8 @@ class Oracle:
             seen += self.words(SMALL, one)
             last = index + 1 == len(ids)
             if last:
-                if any([self.emit(LARGE, token) for token in tokens]):
+                marked = [self.emit(LARGE, token) for token in tokens]
+                if any(marked):
                     return "mark"
                 if len(self.lanes[0]) >= self.spec.max_len[0]:
                     raise Finished("length")
@@ -415,41 +398,3 @@ class Oracle:
             self.held = [(len(self.lanes[0]) + i, 0) for i in range(len(ids))]
             self.lanes[0] += ids
         self.given = [len(self.content)] * 2
-
-
-def enters(piece: bytes, tag: bytes) -> bool:
-    """Whether a token, read on its own, holds the tag or ends in a part of it."""
-    return tag in piece or longest_partial(piece, [tag]) > 0
-
-
-def whole_characters(pieces: Iterable[bytes]) -> bool:
-    """Whether the text read so far does not end inside a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        decoder.decode(piece)
-    return decoder.getstate()[0] == b""
-
-
-def longest_partial(data: bytes, tags: list[bytes]) -> int:
-    """Length of the longest proper beginning of a tag that `data` ends with."""
-    return max((n for tag in tags for n in range(len(tag)) if n and data.endswith(tag[:n])), default=0)
-
-
-def locate(pieces: list[tuple[int, int, bytes]], offset: int) -> tuple[int, int]:
-    """(piece, byte within it) of a byte offset."""
-    for index, (*_, piece) in enumerate(pieces):
-        if offset < len(piece):
-            return index, offset
-        offset -= len(piece)
-    raise AssertionError("offset beyond the pieces")
-
-
-def hf_logits(models: Any, tables: Any) -> Callable[[Role, list[int]], np.ndarray]:
-    """Logits of the last position of a lane: one forward over all of it, plus the bigram row of its last token."""
-
-    @torch.inference_mode()
-    def logits(role: Role, ids: list[int]) -> np.ndarray:
-        out = models[role](torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
-        return out + tables[role][ids[-1]]
-
-    return logits

@@ -7,6 +7,7 @@ so a bigram table is added to every logit row, in the runtime and in the oracle 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def bigrams(tokenizer: ToyTokenizer, vocab: int, strength: float, seed: int) -> 
                     table[i, j] += strength * by
 
     for chain in (["<", "big", "model", ">"], ["</", "big", "model", ">"], ["big", "mod", "el>"]):
-        for left, right in zip(chain, chain[1:], strict=False):
+        for left, right in pairwise(chain):
             likes(left, right)
     likes("model", ">T", 0.9)
     likes("model", ">\n\n", 0.9)
@@ -94,8 +95,9 @@ def random_hf(kind: str, vocab: int, hidden: int, layers: int, seed: int, max_po
     }[kind]
     config = config_class(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=max(8, hidden // 4), max_position_embeddings=max_positions,
-        initializer_range=0.3, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=max(8, hidden // 4),
+        max_position_embeddings=max_positions, initializer_range=0.3, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     model = model_class(config).double().eval()
     with torch.no_grad():

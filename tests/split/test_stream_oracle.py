@@ -2,153 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
-from oracles.stream import Oracle, Spec, hf_logits
-from oracles.tiny import PIECES, TAGS, WHOLE, Biased, ToyTokenizer, bigrams, load_twin, random_hf
-
-from splitdecode import (
-    ControlTags,
-    EngineConfig,
-    ForcedSpans,
-    HandoffPolicy,
-    LargeOnly,
-    RandomSwitch,
-    SamplingParams,
-    SmallOnly,
-    SplitDecoder,
+from oracles.worlds import (
+    World,
+    compare,
+    expected,
+    make_decoder,
+    make_worlds,
+    random_engine,
+    random_params,
+    random_policy,
 )
-from splitdecode.config import request_key
-from splitdecode.split.roles import Pair, Role
-
-OTHER = [PIECES[0], *reversed(PIECES[1:]), "ab", "c d", "é(", "bc"]  # another tokenizer over the same alphabet
-
-
-@dataclass
-class World:
-    """A pair of models, twice: ours and transformers'."""
-
-    models: Pair[Any]
-    hf: Pair[Any]
-    tokenizers: Pair[ToyTokenizer]
-    tables: Pair[np.ndarray]
-
-
-def make_world(directory: Path, kinds: tuple[str, str], pieces: tuple[list[str], list[str]], seed: int) -> World:
-    tokenizers = Pair(ToyTokenizer(pieces[0]), ToyTokenizer(pieces[1]))
-    sizes = Pair(tokenizers.small.size + 3, tokenizers.large.size + 9)  # padded vocabularies of different size
-    hf = Pair(random_hf(kinds[0], sizes.small, 16, 1, seed), random_hf(kinds[1], sizes.large, 32, 2, seed + 1))
-    tables = Pair.of(lambda r: bigrams(tokenizers[r], sizes[r], 9.0, seed + r))
-    models = Pair.of(lambda r: Biased(load_twin(hf[r], directory / f"{seed}-{r}", torch.float64), tables[r]))
-    return World(models, hf, tokenizers, tables)
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
-    base = tmp_path_factory.mktemp("pairs")
-    plain, added = PIECES, PIECES + WHOLE
-    return {
-        "plain": make_world(base, ("qwen2", "qwen2"), (plain, plain), 1),
-        "added": make_world(base, ("qwen3", "llama"), (added, added), 3),
-        "unequal": make_world(base, ("llama", "qwen3"), (plain, OTHER), 5),
-    }
-
-
-def random_policy(rng: np.random.Generator) -> HandoffPolicy:
-    kind = rng.integers(8)
-    if kind == 0:
-        return [SmallOnly(), LargeOnly()][rng.integers(2)]
-    if kind == 1:
-        return RandomSwitch(float(rng.choice([0.0, 0.3, 0.7, 1.0])), int(rng.integers(1, 6)), int(rng.integers(99)))
-    if kind <= 3:
-        edges = sorted(rng.choice(30, size=2 * int(rng.integers(1, 4)), replace=False).tolist())
-        spans = [(edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
-        return ForcedSpans(spans, tags=bool(rng.integers(2)), reads_along=bool(rng.integers(2)))
-    return ControlTags()
-
-
-def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> SamplingParams:
-    greedy = rng.random() < 0.3
-    some: dict[str, Any] = {}
-    if rng.random() < 0.3:
-        some["stop"] = [str(s) for s in rng.choice(["ab", "d", "cc", "T\n", "a b", "bb", "é"], size=2)]
-        some["include_stop_str_in_output"] = bool(rng.integers(2))
-    if rng.random() < 0.2:
-        some["stop_token_ids"] = [int(rng.integers(1, 6))]
-    if rng.random() < 0.3:
-        some["repetition_penalty"], some["presence_penalty"] = 1.2, 0.3
-    if rng.random() < 0.3:
-        some["min_tokens"] = 6
-    if rng.random() < 0.3:
-        some["logit_bias"] = {0: -3.0, 1: 1.0}
-    if rng.random() < 0.2:
-        some["ignore_eos"] = True
-    if not greedy:
-        some["temperature"] = float(rng.choice([0.5, 1.0, 1.5]))
-        some["top_p"] = float(rng.choice([1.0, 0.9]))
-        some["top_k"] = int(rng.choice([0, 5]))
-        some["min_p"] = float(rng.choice([0.0, 0.05]))
-    return SamplingParams(
-        temperature=some.pop("temperature", 0.0),
-        max_tokens=int(rng.integers(8, 40)),
-        seed=int(rng.integers(1 << 30)),
-        **some,
-    )
-
-
-def random_engine(rng: np.random.Generator) -> dict[str, Any]:
-    page = int(rng.choice([1, 2, 4, 8, 16, 64]))
-    return {
-        "page_size": page,
-        "max_num_batched_tokens": int(rng.choice([1, 2, 5, 16, 512])),
-        "max_num_seqs": int(rng.choice([1, 2, 3, 8])),
-        "max_model_len": int(rng.choice([40, 64, 96])),
-        "enable_prefix_caching": bool(rng.integers(2)),
-        "depth": int(rng.choice([1, 1, 2, 3])),
-        "read_interval": int(rng.choice([1, 2, 3, 4, 8])),
-        "max_span": int(rng.choice([1, 3, 7, 40])),
-    }
-
-
-def make_decoder(world: World, engine: dict[str, Any], pages: int | None = None) -> SplitDecoder:
-    token_bytes = sum(m.config.num_layers * 2 * m.config.num_kv_heads * m.config.head_dim * 8 for m in world.models)
-    length = engine["max_model_len"]
-    wanted = pages if pages is not None else 4 * -(-length // engine["page_size"])
-    config = EngineConfig(kv_cache_memory=wanted * engine["page_size"] * token_bytes, **engine)
-    return SplitDecoder(world.models, world.tokenizers, eos_ids=Pair((0,), (0,)), config=config)
-
-
-def expected(
-    world: World, decoder: SplitDecoder, prompt: Pair[list[int]], params: SamplingParams, policy: HandoffPolicy
-) -> Oracle:
-    spec = Spec(
-        tokenizers=world.tokenizers,
-        logits=hf_logits(world.hf, world.tables),
-        tags=TAGS,
-        vocab_limit=tuple(decoder.vocab_limits),
-        eos=([0], [0]),
-        max_len=tuple(decoder.max_len),
-        max_span=decoder.config.max_span,
-        same=decoder.tokens.same,
-    )
-    key = request_key(params.seed or 0, 0)
-    return Oracle(spec, (prompt.small, prompt.large), params, policy.bind(key), key).run()
-
-
-def compare(oracle: Oracle, output: Any) -> None:
-    assert output.finish_reason == oracle.finish
-    assert output.token_ids == [token for _, token in oracle.content]
-    authors = [Role[span.model.upper()] for span in output.spans for _ in range(span.start, span.end)]
-    assert authors == [author for author, _ in oracle.content]
-    text = oracle.text if oracle.cut is None else oracle.text[: oracle.cut]
-    assert output.text == text.decode("utf-8", "replace")
-    if "\N{REPLACEMENT CHARACTER}" not in output.text:
-        assert output.raw_text == oracle.raw_text()
+    return make_worlds(tmp_path_factory.mktemp("pairs"))
 
 
 def run_schedule(world: World, seed: int) -> int:

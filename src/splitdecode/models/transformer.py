@@ -42,20 +42,20 @@ class Transformer:
     def forward(self, batch: ops.PagedBatch, kv: Tensor, rows: Tensor | None = None) -> Tensor:
         """Runs all tokens of `batch`, writes their k and v into `kv`, returns logits of the tokens `rows`.
 
-        kv: [L, num_pages, page_size, 2, Hkv, D], model dtype.  rows: [N] int64 token indices (None: all T).
+        kv: [L, num_pages, page_size, 2, Hkv, D], model dtype.  rows: [N] token indices (None: all T).
         Returns [N, V]: the model's dtype, float32 for bf16 and fp16 models.
         """
         w, config = self.weights, self.config
         x = w.embed.index_select(0, batch.tokens.to(self.device))
-        count = len(x)
+        count = x.shape[0]  # len() of a tensor costs five times as much
         buffers, cis = self._scratch(count), self._angles(batch.positions)
         plan = ops.plan_attention(batch, buffers.q)
         for layer, cache in zip(w.layers, ops.bind_cache(plan, kv), strict=True):
             self._layer(layer, x, buffers, cis, cache, plan)
-        if rows is not None and not (count == 1 and len(rows) == 1):
+        if rows is not None and not (count == 1 and rows.shape[0] == 1):
             x = x.index_select(0, rows.to(self.device))
-        logits = x.new_empty(len(x), config.vocab_size)
-        if len(x):
+        logits = x.new_empty(x.shape[0], config.vocab_size)
+        if x.shape[0]:
             ops.norm_linear(x, w.norm, config.rms_eps, w.head, None, logits)
         return logits if self.dtype.itemsize >= 4 else logits.float()
 
@@ -85,7 +85,7 @@ class Transformer:
 
     def _scratch(self, count: int) -> _Buffers:
         kept = self._buffers
-        if kept is not None and len(kept.qkv) == count:
+        if kept is not None and kept.count == count:
             return kept
         made = _Buffers(self.config, count, self.dtype, self.device)
         if count <= _KEPT:
@@ -116,6 +116,7 @@ class _Buffers:
 
     def __init__(self, config: ModelConfig, count: int, dtype: torch.dtype, device: torch.device) -> None:
         heads, dim, inner = config.num_kv_heads, config.head_dim, config.intermediate_size
+        self.count = count
         self.qkv = torch.empty(count, config.qkv_size, dtype=dtype, device=device)
         self.q = self.qkv[:, : config.q_size].view(count, config.num_heads // heads, heads, dim)
         self.qk = self.qkv[:, : config.q_size + config.kv_size].view(count, config.num_heads + heads, dim)

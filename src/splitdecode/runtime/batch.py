@@ -3,7 +3,8 @@
     tokens     | seq 3 . . . . | seq 1 | seq 7 . . |     one row per lane, its pending tokens side by side
     logits     [N, 6]  token index, sequence, position, stream, attempt, flags
 
-The arrays are allocated once; a Batch is a set of views that lasts until the next plan() on the same buffers.
+The arrays are allocated once; a Batch is a set of views that lasts until the next plan() on the same buffers. Steps of
+equal size see the same views, so they are cut once: at batch 1 that is once per page instead of once per token.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Batch:
     """Pending tokens of some lanes, packed flat for one forward; `draws` is the [N, 6] table of logits rows."""
 
     paged: PagedBatch
-    rows: Tensor  # [N] token indices whose logits are wanted
+    rows: Tensor  # [N] int32 token indices whose logits are wanted
     draws: Ints
 
     @property
@@ -46,13 +47,20 @@ class StepBuffers:
         self._arrays = [np.zeros(size, dtype=np.int32) for size in (*sizes, 6 * max_logits)]
         self._tensors: list[Tensor] = [torch.from_numpy(array) for array in self._arrays]
         self._table = self._arrays[-1].reshape(-1, 6)
+        self._counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._batch: Batch | None = None
         self.page_size = page_size
 
     def plan(self, scheduler: Scheduler, lane: int) -> Batch | None:
         """The lane's next step, or None when nothing is pending."""
-        tokens, rows, pages, draws = scheduler.plan(lane, *self._arrays)
-        if rows == 0:
+        counts = scheduler.plan(lane, *self._arrays)
+        if counts[1] == 0:
             return None
+        if counts != self._counts:
+            self._counts, self._batch = counts, self._views(*counts)
+        return self._batch
+
+    def _views(self, tokens: int, rows: int, pages: int, draws: int) -> Batch:
         t = self._tensors
         paged = PagedBatch(
             tokens=t[0][:tokens],
@@ -64,8 +72,7 @@ class StepBuffers:
             pages=t[6][:pages],
             page_size=self.page_size,
         )
-        table = self._table[:draws]
-        return Batch(paged, torch.from_numpy(table[:, 0].astype(np.int64)), table)
+        return Batch(paged, t[8].view(-1, 6)[:draws, 0], self._table[:draws])
 
     def as_dict(self) -> dict[str, Any]:
         """The arrays by name, for tests."""

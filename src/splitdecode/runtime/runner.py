@@ -53,8 +53,12 @@ class ModelRunner:
             sampled = self.sampler.sample(
                 logits, draws[:, 1], draws[:, 2], draws[:, 3], draws[:, 4], draws[:, 5], counts
             )
-            feeds = (draws[:, 5] & FEEDS_DEVICE) != 0
-            self._last[draws[feeds, 1]] = sampled.ids[feeds]
+            if len(draws) == 1:
+                if draws.item(5) & FEEDS_DEVICE:
+                    self._last[draws.item(1)] = sampled.ids[0]
+            else:
+                feeds = (draws[:, 5] & FEEDS_DEVICE) != 0
+                self._last[draws[feeds, 1]] = sampled.ids[feeds]
         logprobs = sampled.logprobs
         if logprobs is None:
             logprobs = self._unknown(len(draws))

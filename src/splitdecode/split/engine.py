@@ -83,12 +83,12 @@ class Engine:
                 if (batch := self.buffers[role].plan(self.scheduler, role)) is not None:
                     launched[role] = True
                     self.flights[role].append(self._launch(role, batch))
+            for role in Role:
+                if self.flights[role] and (len(self.flights[role]) >= self.config.depth or not launched[role]):
+                    self._land(role)
         except BaseException:
             self._abandon()
             raise
-        for role in Role:
-            if self.flights[role] and (len(self.flights[role]) >= self.config.depth or not launched[role]):
-                self._land(role)
         if not self.unfinished:
             self._drain()
 
@@ -101,6 +101,8 @@ class Engine:
             self.scheduler.flush(choice.sequence.handle)
             choice.sequence.finish("abort")
             self._retire(choice)
+        if not self.unfinished:
+            self._drain()  # no tick may follow
 
     # ---- starting
 

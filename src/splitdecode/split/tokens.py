@@ -32,6 +32,24 @@ class PairTokens:
         self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
         self.vocabularies = tokenizers.map(_vocabulary)
         self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
+        self._check_residues()
+
+    def _check_residues(self) -> None:
+        """Whatever a tag leaves over of a small-model token must be writable, or a hand-off would fail midway."""
+        tokenizer = self.tokenizers[Role.SMALL]
+        for tag in (tag.encode() for tag in self.tags):
+            heads = tuple(tag[:n] for n in range(1, len(tag) + 1))
+            tails = tuple(tag[n:] for n in range(len(tag)))
+            for text in tokenizer.token_bytes:
+                left = [text[: -len(cut)] for cut in heads if text.endswith(cut)] if text.endswith(heads) else []
+                if text.startswith(tails):
+                    left += [text[len(cut) :] for cut in tails if text.startswith(cut)]
+                for residue in filter(None, left):
+                    try:
+                        tokenizer.encode_bytes(residue)
+                    except RequestError as error:
+                        raise RequestError(f"token {text!r} of the small model may be cut by {tag!r}, and {residue!r} "
+                                           "cannot be written in its other tokens") from error  # fmt: skip
 
     def bytes_of(self, role: Role, ids: Sequence[int]) -> bytes:
         """The bytes `ids` of that role's tokenizer stand for."""
