@@ -17,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from splitdecode.errors import MissingExtraError
 
-_MOST = 256 << 20  # bytes of a buffer whose bandwidth is measured: beyond every cache
+_MOST = 128 << 20  # bytes of a buffer whose bandwidth is measured: beyond the caches of most hosts
 
 
 @dataclass(slots=True)
@@ -76,22 +76,6 @@ class Spread:
         return Spread(self.median * factor, self.low * factor, self.high * factor, self.count)
 
 
-def repeat(work: Callable[[], Any], iterations: int, warm_up: int, settle: Callable[[], None] = lambda: None) -> Timed:
-    """Runs `work` warm_up + iterations times and keeps the times and the last result. settle: called before the clock
-    stops (a device must have finished)."""
-    result: Any = None
-    for _ in range(warm_up):
-        result = work()
-    settle()
-    times = []
-    for _ in range(iterations):
-        with clock() as elapsed:
-            result = work()
-            settle()
-        times.append(elapsed)
-    return Timed(result, Spread.of([t.cpu_ms for t in times]), Spread.of([t.wall_ms for t in times]))
-
-
 @dataclass(frozen=True, slots=True)
 class Timed:
     """The result of the last run, and the times of all counted ones in ms."""
@@ -99,6 +83,28 @@ class Timed:
     result: Any
     cpu: Spread
     wall: Spread
+
+
+def race(
+    works: Mapping[str, Callable[[], Any]], iterations: int, warm_up: int, settle: Callable[[], None] = lambda: None
+) -> dict[str, Timed]:
+    """Runs every work warm_up + iterations times, in turns, so that a noisy neighbour disturbs all of them alike.
+
+    settle: called before a clock stops (a device must have finished).
+    """
+    results: dict[str, Any] = {}
+    times: dict[str, list[Elapsed]] = {name: [] for name in works}
+    for turn in range(warm_up + iterations):
+        for name, work in works.items():
+            with clock() as elapsed:
+                results[name] = work()
+                settle()
+            if turn >= warm_up:
+                times[name].append(elapsed)
+    return {
+        name: Timed(results[name], Spread.of([t.cpu_ms for t in found]), Spread.of([t.wall_ms for t in found]))
+        for name, found in times.items()
+    }
 
 
 def use_threads(count: int) -> None:
@@ -188,13 +194,13 @@ def bandwidths(device: str = "cpu", size: int = _MOST) -> dict[str, float]:
 
 
 def read_bandwidth(size: int, device: str = "cpu") -> float:
-    """GB/s of reading `size` bytes again and again (at most 256 MiB): what streaming weights of that size can reach."""
+    """GB/s of reading `size` bytes again and again (at most 128 MiB): what streaming weights of that size can reach."""
     count = max(1024, min(size, _MOST) // 4)
     a = torch.full((count,), 0.5, device=device)
     return 4 * count / min(_best(a.sum, device), _best(lambda: torch.dot(a, a), device)) / 1e9
 
 
-def _best(work: Callable[[], Any], device: str, seconds: float = 0.4) -> float:
+def _best(work: Callable[[], Any], device: str, seconds: float = 0.25) -> float:
     """Seconds of the fastest of as many passes as fit; passes shorter than 1 ms are timed in bundles."""
 
     def once(times: int) -> float:
@@ -223,7 +229,8 @@ def show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False, width=130)
+    console.print(table)
 
 
 def finish(document: dict[str, Any], file: Path | None) -> None:

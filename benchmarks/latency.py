@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--num-iters", type=_positive, default=5, help="counted runs (5)")
     add("--num-iters-warmup", type=_natural, default=1, help="runs before them (1)")
     add("--threads", type=_natural, default=1, help="threads torch computes with, 0: its own choice (1)")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the file's; demo, random float32; presets bf16")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the file's; presets bfloat16, else float32")
     add("--device", default="cpu")
     add("--page-size", type=_positive, default=16, help="positions per cache page (16)")
     add("--read-interval", type=_positive, default=4, help="large tokens between two readings (4)")

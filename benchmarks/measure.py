@@ -8,14 +8,15 @@ catching up, reading along and prefilling are overhead by that measure.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from harness import Timed, bandwidths, machine, read_bandwidth, repeat, use_threads
+from harness import Timed, bandwidths, machine, race, read_bandwidth, use_threads
 from pairs import Source, build, check_fits, resolve
-from peers import Pieces, TransformersPeer, versions
-from runs import MODES, Job, count, describe, is_by_tags, observed, timed
+from peers import TransformersPeer, versions
+from runs import MODES, Job, describe, is_by_tags, observed, run
 from traces import Trace, make_trace
 
 from splitdecode.decoder import SplitDecoder
@@ -25,6 +26,7 @@ from splitdecode.split.policies import ControlTags
 from splitdecode.split.roles import Pair, Role
 
 _ANSWER = 192  # tokens the embedded pair's answers stay under
+_PROBING = "split, probing"
 _ALONE = {"small": Role.SMALL, "large": Role.LARGE}
 
 
@@ -51,20 +53,24 @@ class Measurement:
             read_interval=args.read_interval,
             split_tags=self.trace is not None and self.trace.split_tags,
         )
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = {}  # by mode
         self.peers: dict[str, dict[str, Any]] = {}  # "small, alone" -> figures
 
     def run(self) -> None:
-        """Every mode, then the peer."""
+        """Every mode and every loop of the peer, in turns."""
         args, jobs = self.args, self._jobs()
+        own = {mode: [job.mode(mode) for job in jobs] for mode in self.modes}
+        loops = self._loops(jobs) if args.compare else {}
+        works: dict[str, Callable[[], Any]] = {mode: partial(run, self.decoder, own[mode]) for mode in self.modes}
+        took = race({**works, **loops}, args.num_iters, args.num_iters_warmup, self._settle)
         for mode in self.modes:
-            own = [job.mode(mode) for job in jobs]
-            outputs, observer = observed(self.decoder, own)
-            took = timed(self.decoder, own, args.num_iters, args.num_iters_warmup, self._settle)
-            floor = sum(o.metrics.models[r].tokens * self.floors[r] for o in outputs for r in Role)
-            self.results[mode] = {**self._figures(took, count(outputs), floor), **describe(outputs, observer)}
-        if args.compare:
-            self._compare(jobs)
+            outputs, observer = observed(self.decoder, own[mode])
+            self.results[mode] = {**self._figures(took[mode], mode, jobs), **describe(outputs, observer)}
+        for loop in loops:
+            self.peers[loop] = self._figures(took[loop], loop.split(",")[0], jobs)
+        if _PROBING in loops:
+            answers = [output.outputs[0].token_ids for output in took["split"].result]
+            self.peers[_PROBING]["same_tokens"] = took[_PROBING].result == answers
 
     # ---- what to write
 
@@ -97,49 +103,43 @@ class Measurement:
             prompt = (prompt * (self.args.input_len // len(prompt) + 1))[: self.args.input_len]
         return [Job(prompt, self.trace.total_tokens, self.trace.policy(), tuple(self.trace.pieces()))]
 
-    # ---- the peer
-
-    def _compare(self, jobs: list[Job]) -> None:
+    def _loops(self, jobs: list[Job]) -> dict[str, Callable[[], list[list[int]]]]:
+        """The peer at the same work, by "mode, loop"."""
         roles = list(Role) if "split" in self.modes else [_ALONE[mode] for mode in self.modes]
         peer = _peer(self.decoder, self.sources, roles, self.args.device)
-        tokens = sum(job.tokens for job in jobs)
+        loops: dict[str, Callable[[], list[list[int]]]] = {}
         for mode, role in _ALONE.items():
             if mode in self.modes:
-                took = self._time([lambda j=job, r=role: peer.alone(r, j.prompt, j.tokens) for job in jobs])
-                self.peers[f"{mode}, alone"] = self._figures(took, tokens, tokens * self.floors[role])
-        if "split" not in self.modes:
-            return
-        pieces: list[Pieces] = [list(job.pieces) for job in jobs]
-        floor = sum(n * self.floors[Role.LARGE if large else Role.SMALL] for p in pieces for large, n in p)
-        probe = self.args.probe and self.trace is not None
-        took = self._time([lambda j=job: peer.told(j.prompt, list(j.pieces), probe) for job in jobs])
-        self.peers["split, told, probing too" if probe else "split, told"] = self._figures(took, tokens, floor)
-        if all(map(is_by_tags, jobs)):
-            block = self.args.read_interval
-            took = self._time([lambda j=job: peer.probing(j.prompt, j.tokens, block) for job in jobs])
-            figures = self._figures(took, sum(map(len, took.result)), floor)
-            answers = [output.outputs[0].token_ids for output in observed(self.decoder, jobs)[0]]
-            self.peers["split, probing"] = {**figures, "same_tokens": took.result == answers}
+                loops[f"{mode}, alone"] = lambda r=role: [peer.alone(r, job.prompt, job.tokens) for job in jobs]
+        if "split" in self.modes:
+            loops["split, told"] = lambda: [peer.told(job.prompt, job.pieces) for job in jobs]
+            if all(map(is_by_tags, jobs)):
+                block = self.args.read_interval
+                loops[_PROBING] = lambda: [peer.probing(job.prompt, job.tokens, block) for job in jobs]
+            elif self.args.probe:
+                loops["split, told and probing"] = lambda: [peer.told(j.prompt, j.pieces, probe=True) for j in jobs]
+        return loops
 
     # ---- small words
-
-    def _time(self, calls: Sequence[Callable[[], list[int]]]) -> Timed:
-        return repeat(lambda: [call() for call in calls], self.args.num_iters, self.args.num_iters_warmup, self._settle)
 
     def _settle(self) -> None:
         if self.args.device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    def _figures(self, took: Timed, tokens: int, floor_ms: float) -> dict[str, Any]:
+    def _figures(self, took: Timed, mode: str, jobs: list[Job]) -> dict[str, Any]:
         """Times per token. The trusted clock is CPU time, on a GPU wall time."""
+        pieces = [piece for job in jobs for piece in job.pieces]
+        tokens = sum(number for _, number in pieces)
+        authors = [(_ALONE.get(mode, Role(large)), number) for large, number in pieces]
+        floor = sum(number * self.floors[role] for role, number in authors)
         trusted = (took.wall if self.args.device.startswith("cuda") else took.cpu).median
         return {
             "tokens": tokens,
             "cpu_ms_per_token": took.cpu.scaled(1 / tokens),
             "wall_ms_per_token": took.wall.scaled(1 / tokens),
             "tokens_per_second": 1e3 * tokens / trusted,
-            "floor_ms_per_token": floor_ms / tokens,
-            "roofline_share": floor_ms / trusted,
+            "floor_ms_per_token": floor / tokens,
+            "roofline_share": floor / trusted,
         }
 
     def _floor_ms(self, source: Source) -> float:

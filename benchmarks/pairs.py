@@ -5,8 +5,8 @@
     0.5b ... 72b, r1-...    the geometries of released models (splitdecode.models.geometry), random weights, bfloat16
     a directory             a checkpoint in Hugging Face layout
 
-Whether a pair fits is computed from geometry before anything is allocated. Random weights come with a random vocabulary:
-every id has bytes of its own, the tags are single tokens at its end (or, on demand, spelled in several).
+Whether a pair fits is computed from geometry before anything is allocated. Random weights come with a vocabulary in
+which every id has bytes of its own; the tags are single tokens at its end (or, on demand, spelled in several).
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def check_fits(sources: Pair[Source], length: int, device: str, copies: int = 1)
 def build(
     sources: Pair[Source], length: int, *, device: str, page_size: int, read_interval: int, split_tags: bool
 ) -> SplitDecoder:
-    """Loads the pair for one sequence of up to `length` tokens. Prefix caching is off: every run prefills its prompt."""
+    """Loads the pair for one sequence of `length` tokens. Prefix caching is off: every run prefills its prompt."""
     pages = 2 * (length + 2 * page_size)
     options = EngineConfig(
         page_size=page_size,

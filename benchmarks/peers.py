@@ -14,7 +14,7 @@ weights are other random numbers, which costs the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.models.config import ModelConfig
 from splitdecode.split.roles import Pair, Role
 
-Pieces = list[tuple[bool, int]]  # (by the large model, tokens)
+Pieces = Sequence[tuple[bool, int]]  # (by the large model, tokens)
 
 
 class TransformersPeer:
-    """A pair of transformers models. tags: ids of the opening and closing tag, None where they are not single tokens."""
+    """A pair of transformers models. tags: ids of the opening and the closing one, None where they are several."""
 
     def __init__(
         self,

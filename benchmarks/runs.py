@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from harness import Timed, quantile, repeat
+from harness import quantile
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
@@ -61,13 +61,8 @@ class Observer:
     catch_up_ms: Pair[float] = field(default_factory=lambda: Pair(0.0, 0.0))
 
 
-def timed(decoder: SplitDecoder, jobs: list[Job], iterations: int, warm_up: int, settle: Any) -> Timed:
-    """All jobs one after another, batch 1, greedy; the clock runs over all of them."""
-    return repeat(lambda: run(decoder, jobs), iterations, warm_up, settle)
-
-
 def run(decoder: SplitDecoder, jobs: list[Job]) -> list[RequestOutput]:
-    """Each job by generate()."""
+    """Each job by generate(), one after another: batch 1, greedy."""
     out = []
     for job in jobs:
         params = SamplingParams(temperature=0.0, max_tokens=job.tokens, ignore_eos=not job.ends)
@@ -111,7 +106,8 @@ def _watching(engine: Engine) -> Iterator[Observer]:
                 observer.stalls.append(1e3 * (now - opened.pop(handle)))
             pen[handle] = holder
         if not engine.running:
-            pen.clear(), before.clear(), opened.clear()
+            pen.clear()
+            before.clear()
 
     engine.tick = tick  # type: ignore[method-assign]
     try:

@@ -4,7 +4,7 @@
            0                 start       stop                                              total    content tokens
 
     math      2.8 k tokens, 4 or 5 segments: mathematics as the training data has it
-    aime      13 k tokens on average, 69 % at the cap of 16,384; 4.6 % offloaded in the median, 3 % of requests not at all
+    aime      13 k tokens on average, 69 % at the cap of 16,384; 4.6 % offloaded in the median, 3 % of requests none
     minimal   the same lengths, 1.2 % in the median, 24 % of requests without any offload
     stress    30 to 55 % offloaded, one segment of 576 tokens, a last tag never closed, tags spelled in several tokens
 

@@ -130,12 +130,12 @@ def bind_cache(plan: AttentionPlan, kv: Tensor) -> list[LayerCache]:
 
 def plan_attention(batch: PagedBatch, q: Tensor) -> AttentionPlan:
     """Builds the plan of one step; q [T, G, Hkv, D] gives the number of groups, the dtype and the device."""
-    cu_q, kv_len = batch.cu_q.numpy(), batch.kv_len.numpy()
-    indptr, pages = batch.page_indptr.numpy(), batch.pages.numpy()
+    kv_len, pages = batch.kv_len.numpy(), batch.pages.numpy()
     slots, target = _plan_slots(batch.slots, q.device)
     if len(kv_len) == 1:
         row = _plan_row(0, q.shape[0], int(kv_len[0]), pages, batch.page_size, q)
         return AttentionPlan([row], [], slots, target)
+    cu_q, indptr = batch.cu_q.numpy(), batch.page_indptr.numpy()
     q_len = np.diff(cu_q)
     rows = []
     for r in np.flatnonzero(q_len > _SHORT).tolist():
@@ -163,9 +163,9 @@ def _plan_row(begin: int, end: int, kv_len: int, pages: Ints, size: int, q: Tens
     mask = _mask(q, count, kv_len - count, kv_len) if 1 < count <= _chunk(groups, kv_len) else None
     used = -(-kv_len // size)
     pages = pages[:used]
-    breaks = np.flatnonzero(pages[1:] != pages[:-1] + 1) if used > 1 else pages[:0]
-    if len(breaks) == 0:
+    if used == 1 or bool((pages[1:] - pages[:-1] == 1).all()):
         return RowPlan(begin, end, kv_len, [(int(pages[0]) * size, kv_len)], None, mask)
+    breaks = np.flatnonzero(pages[1:] != pages[:-1] + 1)
     if len(breaks) >= _MAX_RUNS:
         slots = (pages.astype(np.int64)[:, None] * size + np.arange(size)).reshape(-1)[:kv_len]
         return RowPlan(begin, end, kv_len, [], torch.from_numpy(slots).to(q.device), mask)

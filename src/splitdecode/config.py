@@ -174,7 +174,7 @@ class EngineConfig:
     depth                    steps in flight per model
     read_interval            tokens the writing model may be ahead of its reader
     max_span                 tokens of one span before it is closed by force
-    seed                     for requests without their own
+    seed                     requests without their own draw theirs from it, one after another
     """
 
     page_size: int = 16

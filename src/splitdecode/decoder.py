@@ -6,7 +6,6 @@ decoder.generate(["..."], SamplingParams(temperature=0.0))
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -74,7 +73,7 @@ class SplitDecoder:
             self.max_len,
         )
         self._requests: dict[str, list[Choice]] = {}
-        self._numbers = count()
+        self._numbers, self._seeds = count(), count()
         self._closed = False
 
     # ---- construction
@@ -206,7 +205,9 @@ class SplitDecoder:
         """
         (params,) = self._params(sampling_params, 1)
         choices = self._request(as_prompts(prompt)[0], large_prompt, params, handoff, streams=True)
-        return self._stream(choices, self._queue(choices, request_id))
+        deltas = self._stream(choices, self._queue(choices, request_id))
+        next(deltas)
+        return deltas
 
     def chat(
         self,
@@ -296,7 +297,7 @@ class SplitDecoder:
             if token >= min(self.vocab_limits):
                 raise RequestError(f"stop_token_ids, logit_bias: found id {token}, expected ids below "
                                    f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
-        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        seed = request_key(self.config.seed, next(self._seeds)) if params.seed is None else params.seed
         metrics = RequestMetrics()
         salt = cache_salt(prompt)
         choices: list[Choice] = []
@@ -334,6 +335,7 @@ class SplitDecoder:
 
     def _stream(self, choices: list[Choice], request_id: str) -> Iterator[Delta]:
         try:
+            yield Delta("", str(Role.SMALL))  # stream() takes this one: a generator that never ran would not abort
             while True:
                 left = sum(choice.output is None for choice in choices)
                 for choice in choices:

@@ -57,3 +57,20 @@ def scripted_pair(pieces: Sequence[str], **engine: Any) -> tuple[SplitDecoder, P
     config = EngineConfig(**engine)
     decoder = SplitDecoder(models, Pair(tokenizer, tokenizer), eos_ids=Pair((0,), (0,)), config=config)  # type: ignore[arg-type]
     return decoder, models, tokenizer
+
+
+class Recorder:
+    """The engine's scheduler, which notes both lanes of every sequence that ends."""
+
+    def __init__(self, decoder: SplitDecoder) -> None:
+        self.engine, self.inner = decoder.engine, decoder.engine.scheduler
+        self.lanes: dict[int, Pair[list[int]]] = {}  # by random key
+        decoder.engine.scheduler = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def finish(self, handle: int) -> None:
+        key = self.engine.running[handle].key
+        self.lanes[key] = Pair.of(lambda role: self.inner.lane_ids(handle, role).tolist())
+        self.inner.finish(handle)

@@ -96,7 +96,7 @@ class Transformer:
         """Rotations [T, 1, D / 2] of `positions`."""
         host = positions.numpy()
         last = int(host[0]) if len(host) == 1 else int(host.max(initial=0))
-        if last >= len(self._cis):
+        if last >= self._cis.shape[0]:
             self._cis = self._table(2 * (last + 1))
         if len(host) == 1:
             return self._cis.narrow(0, last, 1)

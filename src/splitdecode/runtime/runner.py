@@ -54,8 +54,8 @@ class ModelRunner:
                 logits, draws[:, 1], draws[:, 2], draws[:, 3], draws[:, 4], draws[:, 5], counts
             )
             if len(draws) == 1:
-                if draws.item(5) & FEEDS_DEVICE:
-                    self._last[draws.item(1)] = sampled.ids[0]
+                if draws.item(0, 5) & FEEDS_DEVICE:
+                    self._last[draws.item(0, 1)] = sampled.ids[0]
             else:
                 feeds = (draws[:, 5] & FEEDS_DEVICE) != 0
                 self._last[draws[feeds, 1]] = sampled.ids[feeds]

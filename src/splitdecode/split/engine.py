@@ -9,7 +9,9 @@ launched. On a CPU the depth is one; at depth d the host hears of a token d - 1 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 from splitdecode._C import Event, Scheduler
@@ -94,6 +96,11 @@ class Engine:
 
     def abort(self, choice: Choice) -> None:
         """Ends an answer where it stands; both lanes are freed."""
+        self._end(choice)
+        if not self.unfinished:
+            self._drain()  # no tick may follow
+
+    def _end(self, choice: Choice) -> None:
         if choice in self.waiting:
             self.waiting.remove(choice)
             choice.output = CompletionOutput(choice.index, "", "", [], [], "abort", None)
@@ -101,8 +108,6 @@ class Engine:
             self.scheduler.flush(choice.sequence.handle)
             choice.sequence.finish("abort")
             self._retire(choice)
-        if not self.unfinished:
-            self._drain()  # no tick may follow
 
     # ---- starting
 
@@ -131,7 +136,7 @@ class Engine:
         self._penalised += params.penalised
         choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle)
         self.running[handle] = choice
-        self._apply(choice.sequence.start(), started=choice)
+        self._apply(self._guarded(choice.sequence, choice.sequence.start), started=choice)
 
     # ---- stepping
 
@@ -166,11 +171,15 @@ class Engine:
             choice = self.running.get(event.seq)
             if choice is None or choice.sequence is None:
                 continue
-            try:
-                queue.extend(choice.sequence.on(event))
-            except Exception as error:  # a policy's or a tokenizer's fault ends its own request only
-                choice.sequence.finish("error", f"{type(error).__name__}: {error}")
+            queue.extend(self._guarded(choice.sequence, partial(choice.sequence.on, event)))
             self._retire_if_done(choice)
+
+    def _guarded(self, sequence: SplitSequence, step: Callable[[], list[Event]]) -> list[Event]:
+        """What `step` raised. A policy's or a tokenizer's fault ends its own request only."""
+        try:
+            return step()
+        except Exception as error:
+            return sequence.finish("error", f"{type(error).__name__}: {error}")
 
     def _drain(self) -> None:
         """Lands what is still in the air, so that every page is back."""
@@ -219,7 +228,7 @@ class Engine:
     def _abandon(self) -> None:
         """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""
         for choice in [*self.waiting, *self.running.values()]:
-            self.abort(choice)
+            self._end(choice)
         for role in Role:
             while self.scheduler.in_flight(role):
                 flight = self.flights[role].popleft() if self.flights[role] else None
