@@ -56,7 +56,7 @@ def authors(deltas: list[Delta], index: int) -> list[tuple[str, str]]:
 def test_deltas_join_to_the_text(worlds: dict[str, World], name: str) -> None:
     texts: dict[int, int] = {}
     split = 0
-    for seed in range(40):
+    for seed in range(28):
         rng = np.random.default_rng(seed)
         decoder = make_decoder(worlds[name], random_engine(rng))
         prompt, params, policy = random_request(rng, worlds[name])
@@ -64,21 +64,22 @@ def test_deltas_join_to_the_text(worlds: dict[str, World], name: str) -> None:
         deltas = list(decoder.stream(prompt, params, handoff=policy))
         check_stream(deltas, outputs, texts)
         for output in outputs:
-            if "\N{REPLACEMENT CHARACTER}" not in output.text and not params.stop and not params.skip_special_tokens:
-                assert authors(deltas, output.index) == spans_text(worlds[name], output)
+            if "\N{REPLACEMENT CHARACTER}" not in output.text and not params.stop:
+                assert authors(deltas, output.index) == spans_text(worlds[name], output, params)
                 split += len(output.spans) > 1
         assert [runner.cache.pool.in_use for runner in decoder.engine.runners] == [0, 0]
-    assert texts[True] > 20
-    assert split > 3
+    assert texts[True] > 15
+    assert split > 5
 
 
-def spans_text(world: World, output: CompletionOutput) -> list[tuple[str, str]]:
+def spans_text(world: World, output: CompletionOutput, params: SamplingParams) -> list[tuple[str, str]]:
     """(author, text) of each span; a character belongs to whoever wrote its last byte."""
     ids = output.token_ids[: -1 if output.finish_reason == "stop" else None]
     found, rest = [], b""
     for span in output.spans:
         table = (world.tokenizers.small if span.model == "small" else world.tokenizers.large).token_bytes
-        rest += b"".join(table[i] for i in ids[span.start : span.end])
+        shown = [i for i in ids[span.start : span.end] if i or not params.skip_special_tokens]
+        rest += b"".join(table[i] for i in shown)
         whole = rest.decode("utf-8", "ignore")
         rest = rest[len(whole.encode()) :]
         found.append((span.model, whole))
@@ -119,7 +120,7 @@ def said(choices: list[Choice]) -> list[tuple[str, list[int], Any]]:
 @pytest.mark.parametrize("names", [("plain", "plain"), ("added", "unequal")])
 def test_decoders_do_not_touch_each_other(worlds: dict[str, World], names: tuple[str, str]) -> None:
     """Two decoders tick in turn (over one pair of models, or two): each says what it says alone."""
-    for seed in range(6):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         engines = [random_engine(rng) for _ in names]
         asked = [[random_request(rng, worlds[name]) for _ in range(3)] for name in names]

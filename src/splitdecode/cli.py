@@ -129,10 +129,12 @@ def generate(args: argparse.Namespace) -> int:
         params, policy = _params(args, decoder), _policy(args)
         if len(prompts) == 1 and not args.json:
             console.print(legend())
+            finish = None
             for delta in decoder.stream(prompts[0], params, handoff=policy):
                 show(console, delta)
+                finish = delta.finish_reason
             console.print()
-            return 0
+            return 1 if finish == "error" else 0
         outputs = decoder.generate(prompts, params, handoff=policy, use_tqdm=sys.stderr.isatty())
         for output in outputs:
             print(json.dumps(as_dict(output)) if args.json else f"{output.prompt!r}\n{output.outputs[0].text}\n")
@@ -177,7 +179,10 @@ def _ask(console: Console, *, quiet: bool) -> str:
 def _lines(file: Path | None) -> list[str]:
     if file is not None and not file.is_file():
         raise RequestError(f"--file: found no file {file}")
-    text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+    try:
+        text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file or 'standard input'}: found bytes that are not UTF-8 ({error.reason})") from None
     lines = [line + "\n" for line in text.splitlines() if line.strip()]
     if not lines:
         raise RequestError("prompts: found none, expected arguments, --file, or lines on standard input")

@@ -101,6 +101,7 @@ class SplitDecoder:
             raise RequestError(f"dtype: found {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
         wanted: Any = DTYPES.get(dtype, "auto") if isinstance(dtype, str) else dtype
         config = engine_config(engine)
+        _check_device(device)
         paths, pins = Pair(small, large), Pair(*revisions)
         points = Pair.of(lambda r: open_checkpoint(paths[r], revision=pins[r]))
         tokenizers = points.map(lambda p: Tokenizer.from_directory(p.directory))
@@ -366,6 +367,14 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig:
         if name not in known:
             raise RequestError(f"{name}: unknown argument, expected one of {', '.join(known)}")
     return replace(EngineConfig(), **options)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both, for a wrong name and for a missing driver
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"device: found {device!r}, expected one torch can use here ({reason})") from None
 
 
 def _own_eos(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
+from splitdecode.errors import RequestError
 from splitdecode.split.outputs import Delta, ModelMetrics, RequestMetrics
 from splitdecode.split.roles import Pair, Role
 from splitdecode.terminal import coloured, legend
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the demo. Exit code 0 when every answer was right."""
+    if args.problems < 1:
+        raise RequestError(f"--problems: found {args.problems}, expected at least 1")
     torch.set_num_threads(1)  # models this small only wait for each other's threads
     console = Console(highlight=False)
     params = SamplingParams(temperature=0.0, max_tokens=400, skip_special_tokens=False)
