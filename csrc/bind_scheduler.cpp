@@ -165,8 +165,13 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
         .def(
             "preempted", [](Scheduler& self, int32_t seq) { return self.at(seq).preemptions; }, "seq"_a)
         .def(
-            "flush", [](Scheduler& self, int32_t seq) { self.at(seq).flush_held(); }, "seq"_a,
-            "Nothing more will be written: bytes of an unfinished tag were text after all.");
+            "flush",
+            [](Scheduler& self, int32_t seq) {
+                std::vector<splitdecode::Event> events;
+                self.at(seq).flush_held(events);
+                return events;
+            },
+            "seq"_a, "Nothing more will be written: bytes of an unfinished tag were text after all.");
 }
 
 static void bind_decisions(nb::class_<Scheduler>& scheduler) {

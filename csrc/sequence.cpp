@@ -174,10 +174,8 @@ bool Sequence::scan_from(int32_t position, int32_t skip, std::vector<Event>& eve
     return false;
 }
 
-void Sequence::flush_held() {
-    // Called when nothing more will be written: bytes of an unfinished tag were text after all.
-    std::vector<Event> ignored;
-    if (holding) release_until(active_lane().size(), ignored);
+void Sequence::flush_held(std::vector<Event>& events) {
+    if (holding) release_until(active_lane().size(), events);
     holding = false;
 }
 

@@ -144,7 +144,8 @@ class Sequence {
     bool emit(int32_t author, int32_t id, float logprob, int32_t origin, std::vector<Event>& events);
     // Moves the first k provisional tokens into the content; `ends`: with all of them moved, an ending is raised too.
     bool accept(int32_t k, bool ends, std::vector<Event>& events);
-    void flush_held();
+    // Nothing more will be written: bytes of an unfinished tag were text after all.
+    void flush_held(std::vector<Event>& events);
     void begin_confirm(int32_t base, int32_t steps);
     void raise(std::vector<Event>& events, Event event);
 

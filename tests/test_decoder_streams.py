@@ -64,7 +64,7 @@ def test_deltas_join_to_the_text(worlds: dict[str, World], name: str) -> None:
         deltas = list(decoder.stream(prompt, params, handoff=policy))
         check_stream(deltas, outputs, texts)
         for output in outputs:
-            if "\N{REPLACEMENT CHARACTER}" not in output.text and not params.stop:
+            if "\N{REPLACEMENT CHARACTER}" not in output.text and not isinstance(output.stop_reason, str):
                 assert authors(deltas, output.index) == spans_text(worlds[name], output, params)
                 split += len(output.spans) > 1
         assert [runner.cache.pool.in_use for runner in decoder.engine.runners] == [0, 0]
@@ -98,6 +98,17 @@ def test_nothing_uncertain_is_streamed() -> None:
     assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("aébc", "bcT")
     params = SamplingParams(temperature=0.0, stop=["bcX"])
     assert [delta.text for delta in decoder.stream([1, 2, 3], params)] == ["a", "é", "bc", "bcT", ""]
+
+
+def test_what_waited_keeps_its_author() -> None:
+    """The large model's last token may begin a stop string: it is sent later, and still as the large model's."""
+    decoder, models, _ = scripted_pair(PIECES, page_size=2, read_interval=2)
+    tag = [IDS[piece] for piece in ("<", "big", "model", ">")]
+    close = [IDS[piece] for piece in ("</", "big", "model", ">")]
+    models.small.says(3, [*tag, IDS["a"], IDS["a"], *close, IDS["c"], 0])
+    models.large.says(3, [IDS["a"], IDS["b"]])
+    deltas = list(decoder.stream([1, 2, 3], SamplingParams(temperature=0.0, stop=["bT"])))
+    assert [(delta.text, delta.model) for delta in deltas[:-1]] == [("a", "large"), ("b", "large"), ("c", "small")]
 
 
 def queued(decoder: SplitDecoder, asked: list[Asked]) -> list[Choice]:

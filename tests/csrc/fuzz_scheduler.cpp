@@ -127,7 +127,8 @@ class Walk {
     }
 
     void finish(int32_t seq) {
-        if (below(2) == 0) scheduler_.at(seq).flush_held();
+        std::vector<Event> ignored;
+        if (below(2) == 0) scheduler_.at(seq).flush_held(ignored);
         scheduler_.finish(seq);
         asked_.erase(seq);
     }

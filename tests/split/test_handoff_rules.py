@@ -185,6 +185,15 @@ def test_a_full_small_context_finishes_with_length() -> None:
     assert (answer.text, answer.finish_reason) == ("aaaaa", "length")
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_in_what_a_full_context_released_is_a_stop(include: bool) -> None:
+    """The context is full inside a possible tag: its bytes were text after all, and hold a stop string."""
+    stage = Stage(max_model_len=8).small(0, "a", "a", "<", "big", "model")
+    answer = stage.run(stop=["od", "mode", "zz"], include_stop_str_in_output=include).outputs[0]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", "od")
+    assert answer.text == ("aa<bigmod" if include else "aa<bigm")
+
+
 def test_stop_strings_cross_authors_and_beat_the_close_draw() -> None:
     stage = Stage(read_interval=4).small(0, "a", "<", "big", "model", ">").large(0, "a", "b", "c", "b", "c")
     stage.small(6, "</", "big", "model", ">", "T", "<|eos|>")

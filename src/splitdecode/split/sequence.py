@@ -336,7 +336,8 @@ class SplitSequence:
         if kind == EventKind.STOP:
             return self.finish("stop", self.params.stop_strings[event.a])
         if kind == EventKind.FULL and self.handoff.pen is SMALL:
-            self.scheduler.flush(self.handle)
+            for last in self.scheduler.flush(self.handle):
+                return self._finish_on(last)  # what was held may complete a stop string
         return self.finish("length")
 
     # ---- small words

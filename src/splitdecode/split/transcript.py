@@ -122,7 +122,7 @@ class TextStream:
                 text = self._decoder.decode(scheduler.content_bytes(handle, self._sent, upto))
                 self._sent = upto
                 out.append(Delta(text, str(Role(author)), self.index))
-            if False:
+            if end > stop:
                 break
             self._token += 1
         if final:
