@@ -7,8 +7,8 @@
     o_proj [d, H x D]                              o        [H x D, d], rows in the same head order as q
     embed_tokens [V, d]                            embed    [V, d]; when tied, a view of head [d, V]
 
-[in, out] is what torch's matrix-vector product streams fastest on the host (11 to 12 GB/s of one core's 12; [out, in]
-stays at 8 to 9), and tied models keep one copy: an embedding gather from the transposed view costs microseconds.
+[in, out] is what torch's matrix-vector product streams fastest on the host
+(benchmarks/kernels.py), and tied models keep one copy: an embedding gather from the transposed view costs microseconds.
 """
 
 from __future__ import annotations

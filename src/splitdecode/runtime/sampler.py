@@ -10,8 +10,7 @@ A row's result depends on that row alone, whatever stands beside it in the batch
 penalty cost one argmax. Noise is drawn only for ids that can still win.
 
 It works on host memory in numpy, so logits on another device are copied here first; a device that keeps its own slot
-state samples with ops.sample instead. One row, two busy cores at 2.5 GHz, in us: of 152 ids greedy 30, temperature 120,
-top_p 225; of 151,936 greedy 50, top_k and top_p 1000, top_p 2700, temperature 1300 (peaked) to 4700 (flat).
+state samples with ops.sample instead. What a row costs stands in SPEED.md (`benchmarks/kernels.py --what sampler`).
 """
 
 from __future__ import annotations
