@@ -16,7 +16,7 @@ Integers are bit-identical on every backend; floats agree to the last bits of lo
 float64 for float64 logits and float32 for everything else.
 
 `*_ref` is the definition, in torch, on any device. `*_host` is the same in numpy, for logits that already lie in host
-memory: the overhead of an operation is several times smaller there, which is what decides a batch of one. Tests hold the
+memory: the overhead of an operation is several times smaller there, which decides a batch of one. Tests hold the
 two together.
 
 Sources: Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Gumbel-max: Gumbel 1954;
