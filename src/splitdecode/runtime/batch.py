@@ -10,7 +10,6 @@ equal size see the same views, so they are cut once: at batch 1 that is once per
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,6 @@ from splitdecode.ops import PagedBatch
 Ints = npt.NDArray[np.int32]
 
 FEEDS_DEVICE = 2  # flags bit 1: the sampled id is the next input of its sequence
-_NAMES = ("tokens", "positions", "slots", "cu_q", "kv_len", "page_indptr", "pages", "row_seq", "logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,3 @@ class StepBuffers:
             page_size=self.page_size,
         )
         return Batch(paged, t[8].view(-1, 6)[:draws, 0], self._table[:draws])
-
-    def as_dict(self) -> dict[str, Any]:
-        """The arrays by name, for tests."""
-        return dict(zip(_NAMES, self._arrays, strict=True))
