@@ -184,7 +184,7 @@ PLANTS = {
     "in a function": ("src/splitdecode/models/a.py", "def f():\n    import splitdecode.runtime.b", "F3 imports"),
     "by name": ("src/splitdecode/models/a.py", "importlib.import_module('splitdecode.split')", "F3 imports"),
     "kernel upwards": ("triton_kernels/a.py", "from splitdecode import ops", "F1 imports splitdecode.ops"),
-    "second door": ("src/splitdecode/runtime/a.py", "from splitdecode.kernels.rope import rope", "only ops.py"),
+    "second door": ("src/splitdecode/runtime/a.py", "from splitdecode.kernels.host.rope import rope", "only ops.py"),
     "second door, whole": ("src/splitdecode/cli.py", "from splitdecode import kernels", "only ops.py"),
     "Role": ("src/splitdecode/runtime/a.py", "def f(role: Role): pass", "Role names a role"),
     "small": ("src/splitdecode/config.py", "small = 1", "small names a role"),
@@ -212,7 +212,7 @@ def test_a_planted_breach_is_found(tmp_path: Path, plant: str) -> None:
         (tmp_path / "src/splitdecode" / folder).mkdir(parents=True)
     for folder in ("csrc", "triton_kernels", "benchmarks", "tests"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "src/splitdecode/ops.py").write_text(CLEAN + "from splitdecode.kernels.rope import rope\n")
+    (tmp_path / "src/splitdecode/ops.py").write_text(CLEAN + "from splitdecode.kernels.host.rope import rope\n")
     (tmp_path / "triton_kernels/rope.py").write_text(CLEAN + "from splitdecode.kernels.contract import expect\n")
     (tmp_path / "src/splitdecode/split/pair.py").write_text(
         CLEAN + "def f(*, small, large, large_prompt): Role.SMALL\n"

@@ -53,7 +53,7 @@ def request_key(seed: int, choice: int) -> int:
 def philox_uniform(key: int, counter: tuple[int, int, int, int]) -> float:
     """One uniform in (0, 1): output word 0 of Philox4x32-10, as (x + 0.5) / 2**32.
 
-    key: 64 bits, low word first; counter: four 32-bit words. The device's twin is splitdecode.kernels.sampling.
+    key: 64 bits, low word first; counter: four 32-bit words. The device's twin is splitdecode.kernels.host.sampling.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     mask = 0xFFFFFFFF

@@ -109,7 +109,7 @@ def test_one_row_in_one_two_and_many_runs(count: int, order: list[int]) -> None:
 
 
 def test_a_long_prefill_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitdecode.kernels.attention._MASK_CAP", 1)
+    monkeypatch.setattr("splitdecode.kernels.host.attention._MASK_CAP", 1)
     check(*make_case(np.random.default_rng(1), [50], [70], 16, False, (2, 1, 4)))
     check(*make_case(np.random.default_rng(1), [50], [70], 16, True, (2, 1, 4)))
     check(*make_case(np.random.default_rng(1), [40, 50], [70, 50], 3, True, (2, 1, 4)))

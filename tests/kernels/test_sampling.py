@@ -8,7 +8,7 @@ import torch
 from oracles.sampling import gumbel, philox
 
 from splitdecode import ops
-from splitdecode.kernels.sampling import (
+from splitdecode.kernels.host.sampling import (
     GUMBEL_MAX,
     gumbel_dense_host,
     gumbel_host,
@@ -88,7 +88,7 @@ def test_noise_is_one_function(vocab: int, dtype: type) -> None:
 
 
 def test_noise_is_finite_and_bounded_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitdecode.kernels import sampling
+    from splitdecode.kernels.host import sampling
 
     ends = np.array([0, 1, 2**32 - 2, 2**32 - 1], dtype=np.uint32)
     for dtype in (np.float32, np.float64):

@@ -25,8 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitdecode.kernels.attention import LayerCache
-from splitdecode.kernels.rmsnorm import rmsnorm_ref
+from splitdecode.kernels.host.attention import LayerCache
+from splitdecode.kernels.host.rmsnorm import rmsnorm_ref
 
 
 def rope_ref(qk: Tensor, cis: Tensor) -> None:
