@@ -2,7 +2,7 @@
 
     INTERPRET      TRITON_INTERPRET=1 when Triton was imported: no PTX, so no dependent launch and no prefetch
     cast(x, dt)    x.to(dt), rounded to nearest even in both modes (the interpreter truncates fp32 -> bf16)
-    dot(a, b)      tl.dot with fp32 accumulation; fp32 operands multiply exactly ("ieee"), bf16 is widened if interpreted
+    dot(a, b)      tl.dot with fp32 accumulation; fp32 operands multiply exactly ("ieee"); bf16 widened if interpreted
     wait(PDL)      programmatic dependent launch: from here on everything the previous kernel wrote is visible
     release(PDL)   the next kernel may start; it still waits before it reads
     prefetch(p)    asks the L2 for the line at pointer(s) p
