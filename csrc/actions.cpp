@@ -35,7 +35,7 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
             lane.stats.ms += ms * row.count / flight.tokens;
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
-                lane.cached = row.start + row.count;
+                if (!row.steps) lane.cached = row.start + row.count;
                 if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events))
                     publish(lane, lane_id);
                 if (sequence->phase == Phase::FROZEN) cancel_all(*sequence); // nothing lands before the answer
@@ -67,6 +67,7 @@ void Scheduler::discard_flight(int32_t lane_id) {
 bool Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
                            const float* logprobs, std::vector<Event>& events) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];
+    if (row.steps) return commit_steps(row, sequence, lane_id, ids, logprobs, events);
     if (std::any_of(ids, ids + row.logits, [](int32_t id) { return id < 0; })) {
         sequence.raise(events, {EventKind::BROKEN, row.seq, lane_id});
         return false;
@@ -86,6 +87,26 @@ bool Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, 
         const auto total = static_cast<int32_t>(sequence.draws.size());
         while (entering < total && !enters(lane_id, 1, sequence.draws[static_cast<size_t>(entering)])) ++entering;
         sequence.raise(events, {EventKind::READ, row.seq, entering < total ? entering : -1});
+    }
+    return true;
+}
+
+// Steps count up to the first that raises an event; what was run beyond it is forgotten with the epoch.
+bool Scheduler::commit_steps(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
+                             const float* logprobs, std::vector<Event>& events) {
+    Lane& lane = sequence.lanes[lane_index(lane_id)];
+    for (int32_t k = 0; k < row.logits; ++k) {
+        if (ids[k] < 0) {
+            sequence.raise(events, {EventKind::BROKEN, row.seq, lane_id});
+            return false;
+        }
+        ++lane.stats.sampled;
+        lane.cached = row.start + k + 1;
+        lane.push(ids[k], logprobs[k]);
+        if (sequence.written(spec(lane_id).max_len, is_end(sequence, lane_id, ids[k]), events)) {
+            lane.stats.discarded += row.logits - k - 1;
+            return true;
+        }
     }
     return true;
 }

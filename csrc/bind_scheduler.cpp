@@ -30,14 +30,19 @@ template <typename T, typename Get> nb::object array_of(size_t n, Get get) {
 
 static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Out& tokens, const Out& positions,
                                          const Out& slots, const Out& cu_q, const Out& kv_len, const Out& page_indptr,
-                                         const Out& pages, const Out& row_seq, const Out& logits) {
+                                         const Out& pages, const Out& row_seq, const Out& row_steps, const Out& logits,
+                                         int32_t steps) {
     const auto least = [](size_t a, size_t b) { return static_cast<int32_t>(a < b ? a : b); };
     if (cu_q.size() == 0 || page_indptr.size() == 0) throw std::invalid_argument("plan: no room for an offset");
-    const int32_t rows = least(least(kv_len.size(), row_seq.size()), least(cu_q.size(), page_indptr.size()) - 1);
-    return self.plan(lane, {tokens.data(), positions.data(), slots.data(), cu_q.data(), kv_len.data(),
-                            page_indptr.data(), pages.data(), row_seq.data(), logits.data(),
-                            least(tokens.size(), least(positions.size(), slots.size())), rows,
-                            static_cast<int32_t>(pages.size()), static_cast<int32_t>(logits.size() / 6)});
+    if (steps < 1) throw std::invalid_argument("plan: steps must be at least 1");
+    const int32_t rows = least(row_steps.size(),
+                               least(least(kv_len.size(), row_seq.size()), least(cu_q.size(), page_indptr.size()) - 1));
+    return self.plan(lane,
+                     {tokens.data(), positions.data(), slots.data(), cu_q.data(), kv_len.data(), page_indptr.data(),
+                      pages.data(), row_seq.data(), row_steps.data(), logits.data(),
+                      least(tokens.size(), least(positions.size(), slots.size())), rows,
+                      static_cast<int32_t>(pages.size()), static_cast<int32_t>(logits.size() / 6)},
+                     steps);
 }
 
 static nb::dict lane_stats(const LaneStats& stats) {
@@ -258,14 +263,16 @@ void bind_scheduler(nb::module_& m) {
             "plan",
             [](Scheduler& self, int32_t lane, const Out& tokens, const Out& positions, const Out& slots,
                const Out& cu_q, const Out& kv_len, const Out& page_indptr, const Out& pages, const Out& row_seq,
-               const Out& logits) {
-                const auto n =
-                    plan_into(self, lane, tokens, positions, slots, cu_q, kv_len, page_indptr, pages, row_seq, logits);
-                return nb::make_tuple(n.tokens, n.rows, n.pages, n.logits);
+               const Out& row_steps, const Out& logits, int32_t steps) {
+                const auto n = plan_into(self, lane, tokens, positions, slots, cu_q, kv_len, page_indptr, pages,
+                                         row_seq, row_steps, logits, steps);
+                return nb::make_tuple(n.tokens, n.rows, n.pages, n.logits, n.steps);
             },
             "lane"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(), "cu_q"_a.noconvert(),
             "kv_len"_a.noconvert(), "page_indptr"_a.noconvert(), "pages"_a.noconvert(), "row_seq"_a.noconvert(),
-            "logits"_a.noconvert(), "Packs the next step of a lane: (tokens, rows, pages, logits rows).")
+            "row_steps"_a.noconvert(), "logits"_a.noconvert(), "steps"_a = 1,
+            "Packs the next step of a lane, or up to `steps` when all it does is decode: (tokens, rows, pages, logits "
+            "rows, steps).")
         .def(
             "commit",
             [](Scheduler& self, int32_t lane, const Ids& ids, const Floats& logprobs, double ms) {

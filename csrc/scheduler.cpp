@@ -114,7 +114,7 @@ void Scheduler::set_cached(Lane& lane, int32_t lane_id, int32_t cached) {
 
 void Scheduler::cancel(Lane& lane, int32_t lane_id) {
     lane.want = Want::IDLE;
-    if (lane.inflight == 0) return;
+    if (lane.inflight == 0 && lane.launched == lane.cached) return;
     lane.epoch = ++epochs_;
     lane.inflight = 0;
     set_cached(lane, lane_id, lane.cached);
@@ -241,10 +241,13 @@ bool Scheduler::reserve(size_t order_index, int32_t lane_id, int32_t upto) {
 
 // ---- planning ------------------------------------------------------------------------------------------------------
 
+// What the host knows shapes the next draw: never run ahead.
+bool Scheduler::exact(const Sequence& sequence) const {
+    return sequence.limits.exact || static_cast<int32_t>(sequence.content.size()) < sequence.limits.min_tokens;
+}
+
 int32_t Scheduler::launchable(const Sequence& sequence, const Lane& lane) const {
-    const bool exact =
-        sequence.limits.exact || static_cast<int32_t>(sequence.content.size()) < sequence.limits.min_tokens;
-    if (lane.inflight >= (exact ? 1 : depth_)) return 0;
+    if (lane.inflight >= (exact(sequence) ? 1 : depth_)) return 0;
     if (lane.launched < lane.size()) return lane.size() - lane.launched;
     if (lane.want != Want::WRITE || lane.launched == 0) return 0;
     const int32_t outstanding = lane.launched - lane.size() + 1; // samples whose ids the host has not heard yet
@@ -252,9 +255,33 @@ int32_t Scheduler::launchable(const Sequence& sequence, const Lane& lane) const 
     return outstanding < sequence.allowance() && lane.launched + 1 < max_len ? 1 : 0;
 }
 
-PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out) {
+// Whether all that is pending on a model is the next token of sequences that write.
+bool Scheduler::only_decodes(int32_t lane_id) {
+    return std::all_of(order_.begin(), order_.end(), [&](int32_t handle) {
+        const Sequence& sequence = at(handle);
+        const Lane& lane = sequence.lanes[lane_index(lane_id)];
+        if (!sequence.resident || sequence.phase == Phase::FROZEN || lane.want == Want::IDLE) return true;
+        return lane.want == Want::WRITE && lane.launched > 0 && lane.launched + 1 >= lane.size();
+    });
+}
+
+// How many steps a row that decodes may take in one flight. Draws keyed by more than their position take one.
+int32_t Scheduler::decode_steps(const Sequence& sequence, int32_t lane_id, int32_t most) {
+    const Lane& lane = sequence.lanes[lane_index(lane_id)];
+    if (exact(sequence) || sequence.phase == Phase::CONFIRM) return 1;
+    if (lane.attempt_at == lane.launched + 1 && lane.attempt > 0) return 1;
+    const int32_t outstanding = lane.launched - lane.size() + 1;
+    const int32_t room = std::min(sequence.allowance() - outstanding, spec(lane_id).max_len - 1 - lane.launched);
+    const int32_t count = std::clamp(room, 1, most);
+    const int32_t size = pool(lane_id).page_size();
+    const int32_t fresh = pages_for(lane.launched + count, size) - static_cast<int32_t>(lane.pages.size());
+    return fresh > pool(lane_id).available() ? 1 : count; // nobody is preempted for a guess
+}
+
+PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t steps) {
     PlanCounts counts;
     admit();
+    if (steps > 1 && !only_decodes(lane_id)) steps = 1;
     Flight flight{launched_flights_.at(lane_index(lane_id)) + 1, 0, {}};
     out.cu_q[0] = out.page_indptr[0] = 0;
     // By index: reserve() may preempt, which leaves order_ as it is.
@@ -266,21 +293,22 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out) {
         int32_t count = std::min(launchable(sequence, lane), out.max_tokens - counts.tokens);
         if (lane.want == Want::READ) count = std::min(count, out.max_logits - counts.logits);
         if (count <= 0 || counts.logits >= out.max_logits) continue;
-        if (!reserve(i, lane_id, lane.launched + count)) continue;
-        const int32_t pages = pages_for(lane.launched + count, pool(lane_id).page_size());
+        const int32_t own_steps = steps > 1 ? decode_steps(sequence, lane_id, steps) : 1;
+        const int32_t end = lane.launched + count + own_steps - 1;
+        if (!reserve(i, lane_id, end)) continue;
+        const int32_t pages = pages_for(end, pool(lane_id).page_size());
         if (counts.pages + pages > out.max_pages) break;
-        pack(sequence, lane_id, count, out, counts, flight);
+        pack(sequence, lane_id, count, own_steps, out, counts, flight);
     }
     if (counts.rows > 0) {
-        flight.tokens = counts.tokens;
         ++launched_flights_[lane_index(lane_id)];
         flights_[lane_index(lane_id)].push_back(std::move(flight));
     }
     return counts;
 }
 
-void Scheduler::pack(Sequence& sequence, int32_t lane_id, int32_t count, const PlanBuffers& out, PlanCounts& counts,
-                     Flight& flight) {
+void Scheduler::pack(Sequence& sequence, int32_t lane_id, int32_t count, int32_t steps, const PlanBuffers& out,
+                     PlanCounts& counts, Flight& flight) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];
     const int32_t size = pool(lane_id).page_size();
     const int32_t start = lane.launched, end = start + count;
@@ -308,24 +336,28 @@ void Scheduler::pack(Sequence& sequence, int32_t lane_id, int32_t count, const P
         row[4] = sampled == lane.attempt_at && sequence.phase == Phase::SCAN ? lane.attempt : 0;
         row[5] = (suppress ? SUPPRESS_END : 0) | (samples ? FEEDS_DEVICE : 0);
     }
-    for (int32_t page = 0; page < pages_for(end, size); ++page)
+    lane.launched = end + steps - 1;
+    for (int32_t page = 0; page < pages_for(lane.launched, size); ++page)
         out.pages[counts.pages++] = lane.pages[static_cast<size_t>(page)];
     out.kv_len[counts.rows] = end;
     out.row_seq[counts.rows] = sequence.handle;
+    out.row_steps[counts.rows] = steps;
+    counts.steps = std::max(counts.steps, steps);
     ++counts.rows;
     out.cu_q[counts.rows] = counts.tokens;
     out.page_indptr[counts.rows] = counts.pages;
-    flight.rows.push_back({sequence.handle, start, count, counts.logits - first_logits, lane.epoch});
-    lane.launched = end;
+    const int32_t all = count + steps - 1, logits = steps > 1 ? steps : counts.logits - first_logits;
+    flight.rows.push_back({sequence.handle, start, all, logits, steps > 1, lane.epoch});
+    flight.tokens += all;
     ++lane.inflight;
-    count_row(sequence, lane, count);
+    count_row(sequence, lane, count, steps);
 }
 
-void Scheduler::count_row(const Sequence& sequence, Lane& lane, int32_t count) {
+void Scheduler::count_row(const Sequence& sequence, Lane& lane, int32_t count, int32_t steps) {
     LaneStats& stats = lane.stats;
-    const int32_t prompt = std::clamp(lane.prompt_len - (lane.launched - count), 0, count);
-    ++stats.forwards;
-    stats.tokens += count;
+    const int32_t prompt = std::clamp(lane.prompt_len - (lane.launched - count - steps + 1), 0, count);
+    stats.forwards += steps;
+    stats.tokens += count + steps - 1;
     stats.prompt_tokens += prompt;
     if (sequence.phase == Phase::READ) {
         stats.read_tokens += count - prompt;

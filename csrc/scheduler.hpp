@@ -27,12 +27,13 @@ struct PlanBuffers {
     int32_t *tokens, *positions, *slots;          // [T] token -1 - seq: the id last sampled for that sequence
     int32_t *cu_q, *kv_len, *page_indptr, *pages; // [R + 1], [R], [R + 1], [P]
     int32_t* row_seq;                             // [R]
+    int32_t* row_steps;                           // [R] decode steps the row takes, at most PlanCounts::steps
     int32_t* logits;                              // [N, 6]: token index, seq, position, stream, attempt, flags
     int32_t max_tokens, max_rows, max_pages, max_logits;
 };
 
 struct PlanCounts {
-    int32_t tokens = 0, rows = 0, pages = 0, logits = 0;
+    int32_t tokens = 0, rows = 0, pages = 0, logits = 0, steps = 1;
 };
 
 enum RowFlag : int32_t { SUPPRESS_END = 1, FEEDS_DEVICE = 2 };
@@ -62,8 +63,11 @@ class Scheduler {
 
     int32_t add(std::vector<std::vector<int32_t>> prompts, Limits limits, const std::string& salt, int32_t leader);
     void finish(int32_t seq);
-    PlanCounts plan(int32_t lane, const PlanBuffers& out);
-    // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight (-1: NaN); ms: its duration.
+    // steps: where every row is one decode, a flight may take that many steps in a row. The arrays then describe the
+    // first; pages cover all of them.
+    PlanCounts plan(int32_t lane, const PlanBuffers& out, int32_t steps = 1);
+    // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight, a row's steps side by side
+    // (-1: NaN); ms: its duration.
     std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms);
     // Lands the newest flight without looking at it: the step failed.
     void discard_flight(int32_t lane);
@@ -91,6 +95,7 @@ class Scheduler {
   private:
     struct Row {
         int32_t seq, start, count, logits;
+        bool steps; // `count` decode steps of one token each, not one step of `count` tokens
         uint32_t epoch;
     };
     struct Flight {
@@ -118,12 +123,17 @@ class Scheduler {
     void wake(Sequence& sequence, int32_t lane, Want want, int32_t at_most);
     void publish(Lane& lane, int32_t lane_id);
     void land_limbo(int32_t lane);
+    bool exact(const Sequence& sequence) const;
     int32_t launchable(const Sequence& sequence, const Lane& lane) const;
-    void pack(Sequence& sequence, int32_t lane, int32_t count, const PlanBuffers& out, PlanCounts& counts,
-              Flight& flight);
-    void count_row(const Sequence& sequence, Lane& lane, int32_t count);
+    bool only_decodes(int32_t lane);
+    int32_t decode_steps(const Sequence& sequence, int32_t lane, int32_t most);
+    void pack(Sequence& sequence, int32_t lane, int32_t count, int32_t steps, const PlanBuffers& out,
+              PlanCounts& counts, Flight& flight);
+    void count_row(const Sequence& sequence, Lane& lane, int32_t count, int32_t steps);
     bool commit_row(const Row& row, Sequence& sequence, int32_t lane, const int32_t* ids, const float* logprobs,
                     std::vector<Event>& events);
+    bool commit_steps(const Row& row, Sequence& sequence, int32_t lane, const int32_t* ids, const float* logprobs,
+                      std::vector<Event>& events);
     bool is_end(const Sequence& sequence, int32_t lane, int32_t id) const;
     void check_lane(const Sequence& sequence, int32_t lane, std::vector<int32_t>& owners);
 

@@ -37,12 +37,12 @@ std::vector<int32_t> encode(const std::string& residue) {
 
 struct Buffers {
     explicit Buffers(int32_t tokens, int32_t rows, int32_t logits)
-        : t(size(tokens)), p(t), s(t), cu(size(rows + 1)), kv(size(rows)), indptr(cu), pages(1024), seq(kv),
+        : t(size(tokens)), p(t), s(t), cu(size(rows + 1)), kv(size(rows)), indptr(cu), pages(1024), seq(kv), steps(kv),
           out(size(6 * logits)),
-          plan{t.data(),   p.data(),   s.data(), cu.data(), kv.data(), indptr.data(), pages.data(),
-               seq.data(), out.data(), tokens,   rows,      1024,      logits} {}
+          plan{t.data(),   p.data(),     s.data(),   cu.data(), kv.data(), indptr.data(), pages.data(),
+               seq.data(), steps.data(), out.data(), tokens,    rows,      1024,          logits} {}
     static size_t size(int32_t n) { return static_cast<size_t>(n); }
-    std::vector<int32_t> t, p, s, cu, kv, indptr, pages, seq, out;
+    std::vector<int32_t> t, p, s, cu, kv, indptr, pages, seq, steps, out;
     PlanBuffers plan;
 };
 
@@ -256,7 +256,7 @@ class Walk {
     // ---- steps
 
     void launch(int32_t lane) {
-        const PlanCounts counts = scheduler_.plan(lane, buffers_.plan);
+        const PlanCounts counts = scheduler_.plan(lane, buffers_.plan, 1 + below(2) * below(4));
         const Buffers& b = buffers_;
         if (counts.rows == 0) return;
         EXPECT(b.cu[at(counts.rows)] == counts.tokens && b.indptr[at(counts.rows)] == counts.pages);
@@ -267,8 +267,22 @@ class Walk {
             EXPECT(static_cast<uint32_t>(row[3]) == stream_at(row[1], b.p[at(row[0])] + 1));
             drawn.push_back(draw(cache_[at(lane)].at(b.s[at(row[0])]), static_cast<uint32_t>(row[3])));
             if ((row[5] & FEEDS_DEVICE) != 0) last_[at(lane)][row[1]] = drawn.back();
+            for (int32_t k = 1; counts.steps > 1 && k < b.steps[n]; ++k) run_on(lane, n, k, drawn);
         }
         flights_[at(lane)].push_back(std::move(drawn));
+    }
+
+    // Step k of a row that decodes: its last sample goes in.
+    void run_on(int32_t lane, size_t r, int32_t k, std::vector<int32_t>& drawn) {
+        const Buffers& b = buffers_;
+        const int32_t* pages = b.pages.data() + b.indptr[r];
+        const auto slot = [&](int32_t p) { return pages[p / page_size_] * page_size_ + p % page_size_; };
+        const int32_t seq = b.seq[r], p = b.p[at(b.cu[r])] + k;
+        EXPECT(!pools_[at(lane)].immutable(pages[p / page_size_]));
+        auto& cache = cache_[at(lane)];
+        cache[slot(p)] = mix(cache.at(slot(p - 1)), static_cast<uint64_t>(drawn.back()));
+        drawn.push_back(draw(cache[slot(p)], stream_at(seq, p + 1)));
+        last_[at(lane)][seq] = drawn.back();
     }
 
     void run_row(int32_t lane, size_t r) {

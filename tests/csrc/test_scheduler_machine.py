@@ -39,6 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 4),
         caching=st.booleans(),
         depth=st.integers(1, 3),
+        steps=st.sampled_from([1, 1, 2, 3, 8]),
         tokens=st.integers(1, 12),
         rows=st.integers(1, 4),
         logits=st.integers(1, 6),

@@ -91,6 +91,7 @@ class Step:
     rows: list[Row]
     logits: list[tuple[int, ...]]
     samples: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # decode steps of each row
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Shape:
     plan_pages: int = 400
     logits: int = 64
     depth: int = 1
+    steps: int = 1
     max_seqs: int = 8
     end_ids: tuple[int, ...] = (EOS,)
 
@@ -127,7 +129,7 @@ class World:
         self.attempts: dict[tuple[int, int], tuple[int, int]] = {}
         self.script: dict[tuple[int, int], dict[int, int]] = {}  # (seq, lane) -> position -> id drawn there
         sizes = (shape.tokens, shape.tokens, shape.tokens, shape.rows + 1, shape.rows, shape.rows + 1)
-        self.buffers = [np.full(n, -7, np.int32) for n in (*sizes, shape.plan_pages, shape.rows, 6 * shape.logits)]
+        self.buffers = [np.full(n, -7, np.int32) for n in (*sizes, shape.plan_pages, shape.rows, shape.rows, 6 * shape.logits)]
 
     # ---- decisions, with what they mean for the twin
 
@@ -211,11 +213,14 @@ class World:
 
     def plan(self, lane: int) -> Step | None:
         """Plans a step and runs it through the shadow cache, with every row checked."""
-        tokens, rows, pages, logits = self.scheduler.plan(lane, *self.buffers)
+        tokens, rows, pages, logits, steps = self.scheduler.plan(lane, *self.buffers, steps=self.shape.steps)
         if rows == 0:
-            assert (tokens, pages, logits) == (0, 0, 0)
+            assert (tokens, pages, logits, steps) == (0, 0, 0, 1)
             return None
-        token, position, slot, cu_q, kv_len, indptr, page, row_seq, row_logits = (b.tolist() for b in self.buffers)
+        token, position, slot, cu_q, kv_len, indptr, page, row_seq, row_steps, row_logits = (
+            b.tolist() for b in self.buffers
+        )
+        assert steps == max(row_steps[:rows]) <= self.shape.steps
         assert (cu_q[0], cu_q[rows], indptr[0], indptr[rows]) == (0, tokens, 0, pages)
         step = Step([], [tuple(row_logits[6 * n : 6 * n + 6]) for n in range(logits)])
         wanted: list[int] = []
@@ -223,9 +228,10 @@ class World:
             part = slice(cu_q[r], cu_q[r + 1])
             row = Row(row_seq[r], token[part], position[part], page[indptr[r] : indptr[r + 1]])
             assert kv_len[r] == row.positions[-1] + 1
-            self._run(lane, row, slot[part])
+            self._run(lane, row, slot[part], row_steps[r])
             wanted += [cu_q[r] + n for n in self._wanted(lane, row)]
             step.rows.append(row)
+            step.steps.append(row_steps[r])
         assert [n[0] for n in step.logits] == wanted
         owner = [row.seq for row in step.rows for _ in row.tokens]
         for index, seq, *key, flags in step.logits:
@@ -234,13 +240,29 @@ class World:
             step.samples.append(self.draw(seq, lane, position[index] + 1, self.cache[lane][slot[index]], (*key,)))
             if flags & 2:
                 self.last[lane][seq] = step.samples[-1]
+            if steps > 1:
+                assert (index, flags & 2) == (owner.index(seq), 2)
+                self._run_on(lane, step.rows[index], row_steps[index], (*key,), step.samples)
         self.flights[lane].append(step)
         return step
 
-    def _run(self, lane: int, row: Row, slots: list[int]) -> None:
+    def _run_on(self, lane: int, row: Row, steps: int, key: tuple[int, int, int], samples: list[int]) -> None:
+        """Further steps of a row that decodes: its own samples go in, whatever they were."""
+        (position,), size, cache = row.positions, self.shape.page_size, self.cache[lane]
+        for p in range(position + 1, position + steps):
+            here, before = (row.pages[n // size] * size + n % size for n in (p, p - 1))
+            assert not self.pools[lane].immutable(row.pages[p // size])
+            cache[here] = mix(cache[before], samples[-1])
+            drawn = (key[0] + p - position, *key[1:])
+            assert drawn == self.key(row.seq, lane, p + 1)
+            samples.append(self.draw(row.seq, lane, p + 1, cache[here], drawn))
+            self.last[lane][row.seq] = samples[-1]
+
+    def _run(self, lane: int, row: Row, slots: list[int], steps: int) -> None:
         size, start, end = self.shape.page_size, row.positions[0], row.positions[-1] + 1
         assert row.positions == list(range(start, end))
-        assert len(row.pages) == -(-end // size)
+        assert steps == 1 or start + 1 == end
+        assert len(row.pages) == -(-(end + steps - 1) // size)
         ids = self.foreseen(row.seq, lane, end)
         truth, cache = hashes(ids), self.cache[lane]
         at = [row.pages[p // size] * size + p % size for p in range(end)]

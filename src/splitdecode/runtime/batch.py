@@ -26,11 +26,18 @@ FEEDS_DEVICE = 2  # flags bit 1: the sampled id is the next input of its sequenc
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pending tokens of some lanes, packed flat for one forward; `draws` is the [N, 6] table of logits rows."""
+    """Pending tokens of some lanes, packed flat for one forward; `draws` is the [N, 6] table of logits rows.
+
+    seqs [R]: the sequence of each row.  steps > 1: every row is one decode and goes on by itself, row r for row_steps[r]
+    [R] steps; the arrays describe the first, and the pages hold them all.
+    """
 
     paged: PagedBatch
     rows: Tensor  # [N] int32 token indices whose logits are wanted
     draws: Ints
+    seqs: Ints
+    row_steps: Ints
+    steps: int
 
     @property
     def num_tokens(self) -> int:
@@ -42,23 +49,23 @@ class StepBuffers:
 
     def __init__(self, page_size: int, max_tokens: int, max_rows: int, max_pages: int, max_logits: int) -> None:
         sizes = (max_tokens, max_tokens, max_tokens, max_rows + 1, max_rows, max_rows + 1, max_pages, max_rows)
-        self._arrays = [np.zeros(size, dtype=np.int32) for size in (*sizes, 6 * max_logits)]
+        self._arrays = [np.zeros(size, dtype=np.int32) for size in (*sizes, max_rows, 6 * max_logits)]
         self._tensors: list[Tensor] = [torch.from_numpy(array) for array in self._arrays]
         self._table = self._arrays[-1].reshape(-1, 6)
-        self._counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._counts: tuple[int, int, int, int, int] = (0, 0, 0, 0, 1)
         self._batch: Batch | None = None
         self.page_size = page_size
 
-    def plan(self, scheduler: Scheduler, lane: int) -> Batch | None:
-        """The lane's next step, or None when nothing is pending."""
-        counts = scheduler.plan(lane, *self._arrays)
+    def plan(self, scheduler: Scheduler, lane: int, steps: int = 1) -> Batch | None:
+        """The lane's next step (up to `steps` at once where all it does is decode), or None when nothing is pending."""
+        counts = scheduler.plan(lane, *self._arrays, steps)
         if counts[1] == 0:
             return None
         if counts != self._counts:
             self._counts, self._batch = counts, self._views(*counts)
         return self._batch
 
-    def _views(self, tokens: int, rows: int, pages: int, draws: int) -> Batch:
+    def _views(self, tokens: int, rows: int, pages: int, draws: int, steps: int) -> Batch:
         t = self._tensors
         paged = PagedBatch(
             tokens=t[0][:tokens],
@@ -70,4 +77,5 @@ class StepBuffers:
             pages=t[6][:pages],
             page_size=self.page_size,
         )
-        return Batch(paged, t[8].view(-1, 6)[:draws, 0], self._table[:draws])
+        seqs, row_steps = self._arrays[7][:rows], self._arrays[8][:rows]
+        return Batch(paged, t[9].view(-1, 6)[:draws, 0], self._table[:draws], seqs, row_steps, steps)
