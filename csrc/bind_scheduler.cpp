@@ -270,7 +270,7 @@ void bind_scheduler(nb::module_& m) {
             },
             "lane"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(), "cu_q"_a.noconvert(),
             "kv_len"_a.noconvert(), "page_indptr"_a.noconvert(), "pages"_a.noconvert(), "row_seq"_a.noconvert(),
-            "row_steps"_a.noconvert(), "logits"_a.noconvert(), "steps"_a = 1,
+            "row_steps"_a.noconvert(), "logits"_a.noconvert(), nb::kw_only(), "steps"_a = 1,
             "Packs the next step of a lane, or up to `steps` when all it does is decode: (tokens, rows, pages, logits "
             "rows, steps).")
         .def(

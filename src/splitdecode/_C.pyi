@@ -126,6 +126,7 @@ class Scheduler:
         row_seq: Int32,
         row_steps: Int32,
         logits: Int32,
+        *,
         steps: int = 1,
     ) -> tuple[int, int, int, int, int]: ...
     def commit(self, lane: int, ids: Int32, logprobs: Float32, ms: float) -> list[Event]: ...

@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from splitdecode.errors import RequestError
@@ -171,7 +171,10 @@ class EngineConfig:
     max_num_seqs             sequences running at once
     max_model_len            positions per sequence; None = what the checkpoints allow
     enable_prefix_caching    reuse full pages of equal prefixes
-    depth                    steps in flight per model
+    depth                    steps in flight per model; None = 1 on a CPU, 2 on a GPU
+    steps_per_graph          decode steps in one captured graph, 1 to 8: fewer launches, more overshoot past a tag
+    enforce_eager            launch every kernel by itself instead of replaying captured graphs (GPU)
+    programmatic_launch      let a kernel start while the one before it ends (GPU, sm_90 and up)
     read_interval            tokens the writing model may be ahead of its reader
     max_span                 tokens of one span before it is closed by force
     seed                     requests without their own draw theirs from it, one after another
@@ -183,7 +186,10 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
-    depth: int = 1
+    depth: int | None = None
+    steps_per_graph: int = 1
+    enforce_eager: bool = False
+    programmatic_launch: bool = False
     read_interval: int = 4
     max_span: int = 512
     seed: int = 0
@@ -198,10 +204,23 @@ class EngineConfig:
         if self.max_model_len is not None:
             _int("max_model_len", self.max_model_len, 1, MAX_POSITIONS)
         _bool("enable_prefix_caching", self.enable_prefix_caching)
-        _int("depth", self.depth, 1, 64)
+        if self.depth is not None:
+            _int("depth", self.depth, 1, 64)
+        _int("steps_per_graph", self.steps_per_graph, 1, 8)
+        _bool("enforce_eager", self.enforce_eager)
+        _bool("programmatic_launch", self.programmatic_launch)
         _int("read_interval", self.read_interval, 1, 2**16)
         _int("max_span", self.max_span, 1, MAX_POSITIONS)
         _int("seed", self.seed, -(2**63), 2**64 - 1)
+
+    @property
+    def max_draws(self) -> int:
+        """Logits rows of the largest step."""
+        return min(self.max_num_batched_tokens, max(64, self.max_num_seqs * (self.read_interval + 1)))
+
+    def on(self, device: str) -> EngineConfig:
+        """With what depends on the kind of device ("cpu", "cuda") filled in."""
+        return self if self.depth is not None else replace(self, depth=2 if device == "cuda" else 1)
 
     @property
     def kv_cache_bytes(self) -> int:

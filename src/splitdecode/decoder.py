@@ -21,9 +21,8 @@ from splitdecode.errors import CapacityError, RequestError
 from splitdecode.models import Transformer, load_model, open_checkpoint
 from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
-from splitdecode.runtime.kvcache import KVCache, kv_token_bytes
-from splitdecode.runtime.runner import ModelRunner
-from splitdecode.runtime.sampler import Sampler
+from splitdecode.runtime.kvcache import kv_token_bytes
+from splitdecode.runtime.runners import make_runner
 from splitdecode.split.engine import Choice, Engine
 from splitdecode.split.outputs import Delta, RequestMetrics, RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy
@@ -57,21 +56,27 @@ class SplitDecoder:
         Raises CapacityError when kv_cache_memory holds no page of both caches, CheckpointError when a tokenizer is
         larger than its model's vocabulary.
         """
-        self.config = config = config or EngineConfig()
+        self.config = config = (config or EngineConfig()).on(models[Role.SMALL].device.type)
         self.models, self.tokenizers, self.templates = models, tokenizers, templates
         self._defaults = dict(sampling_defaults or {})
         self.tokens = PairTokens(tokenizers, tags)
         self.vocab_limits = Pair.of(lambda r: min(models[r].config.vocab_size, tokenizers[r].size))
         if self.tokens.same:  # an id only one of them knows cannot be handed over
             self.vocab_limits = Pair(*[min(self.vocab_limits)] * 2)
-        caches, self.max_len = self._caches()
-        self.engine = Engine(
-            Pair.of(lambda r: ModelRunner(models[r], caches[r], self._sampler(r, eos_ids[r]), config.max_num_seqs)),
-            self.tokens,
-            config,
-            eos_ids.map(list),
-            self.max_len,
+        pages, self.max_len = self._rooms()
+        runners = Pair.of(
+            lambda r: make_runner(
+                models[r],
+                pages[r],
+                config,
+                self.max_len[r],
+                self.vocab_limits[r],
+                banned_ids=self.tokens.containing_tag(r) if r is Role.LARGE else (),
+                entering_ids=self.tokens.entering(r, self.tokens.tags[0]) if r is Role.SMALL else (),
+                eos_ids=eos_ids[r],
+            )
         )
+        self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len)
         self._requests: dict[str, list[Choice]] = {}
         self._numbers, self._seeds = count(), count()
         self._closed = False
@@ -130,8 +135,8 @@ class SplitDecoder:
         options.setdefault("kv_cache_memory", "64MiB")
         return cls.from_pretrained(pair / small, pair / "large", **options)
 
-    def _caches(self) -> tuple[Pair[KVCache], Pair[int]]:
-        """One budget, two pools of equally many tokens; and how long a lane may get in each."""
+    def _rooms(self) -> tuple[Pair[int], Pair[int]]:
+        """One budget, two pools of equally many tokens: pages of each, and how long a lane may get in it."""
         config, models = self.config, self.models
         per_page = sum(config.page_size * kv_token_bytes(m.config, m.dtype.itemsize) for m in models)
         pages = config.kv_cache_bytes // per_page
@@ -142,19 +147,8 @@ class SplitDecoder:
             )
         longest = models.map(lambda m: min(m.config.max_positions, config.max_model_len or m.config.max_positions))
         useful = longest.map(lambda n: -(-n // config.page_size) * config.max_num_seqs)
-        caches = Pair.of(
-            lambda r: KVCache(models[r], min(pages, useful[r]), config.page_size, config.enable_prefix_caching)
-        )
-        return caches, Pair.of(lambda r: min(longest[r], caches[r].tokens))
-
-    def _sampler(self, role: Role, eos_ids: Sequence[int]) -> Sampler:
-        return Sampler(
-            self.vocab_limits[role],
-            self.config.max_num_seqs,
-            banned_ids=self.tokens.containing_tag(role) if role is Role.LARGE else (),
-            entering_ids=self.tokens.entering(role, self.tokens.tags[0]) if role is Role.SMALL else (),
-            eos_ids=eos_ids,
-        )
+        rooms = useful.map(lambda n: min(pages, n))
+        return rooms, Pair.of(lambda r: min(longest[r], rooms[r] * config.page_size))
 
     # ---- answers
 

@@ -1,6 +1,21 @@
-"""F2: the one door to device code. Today every op is its torch reference; Triton halves will be chosen here."""
+"""F2: the one door to device code.
+
+Two sets of ops. What a CPU runs eagerly (`attention`, `norm_linear`, ...) are the torch and numpy functions of
+kernels/host. A step over static memory (models/step.py) runs on StepOps: Triton launchers on CUDA, their torch
+references elsewhere.
+Importing this file imports no Triton; `step_ops` does.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from splitdecode.kernels.host.attention import AttentionPlan, LayerCache, PagedBatch, bind_cache, plan_attention
 from splitdecode.kernels.host.attention import attention_ref as attention
@@ -13,12 +28,43 @@ from splitdecode.kernels.host.sampling import GUMBEL_MAX, gumbel_dense_host, gum
 from splitdecode.kernels.host.sampling import gumbel_ref as gumbel
 from splitdecode.kernels.host.sampling import sample_ref as sample
 from splitdecode.kernels.host.swiglu import swiglu_ref as swiglu
+from splitdecode.kernels.state import (
+    BANNED,
+    BROKEN,
+    CUT,
+    DRAW,
+    EDIT,
+    END,
+    ENTERING,
+    FEEDS_DEVICE,
+    LOGPROBS,
+    NOTHING,
+    PROMPT,
+    STOP,
+    SUPPRESS_END,
+    SamplingState,
+)
 
 __all__ = [
     "AttentionPlan",
+    "BANNED",
+    "BROKEN",
+    "CUT",
+    "DRAW",
+    "EDIT",
+    "END",
+    "ENTERING",
+    "FEEDS_DEVICE",
     "GUMBEL_MAX",
+    "LOGPROBS",
     "LayerCache",
+    "NOTHING",
+    "PROMPT",
     "PagedBatch",
+    "STOP",
+    "SUPPRESS_END",
+    "SamplingState",
+    "StepOps",
     "attention",
     "bind_cache",
     "gumbel",
@@ -30,6 +76,79 @@ __all__ = [
     "rmsnorm",
     "rope",
     "sample",
+    "step_ops",
     "swiglu",
     "write",
 ]
+
+Op = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOps:
+    """What a step over static memory is made of; the contract of each op is the file of its name in triton_kernels/.
+
+    gemm(a, w, bias, out, *, add): as skinny, by the library, for any number of rows.
+    call(function, *arguments): any other work on static tensors, recorded like an op.
+    attend_scratch, splits_for: memory and shape of `attend`.  head_blocks, sample_blocks: of their partial results.
+    """
+
+    embed: Op
+    rmsnorm: Op
+    qkv: Op
+    linear: Op
+    gate_up: Op
+    skinny: Op
+    gemm: Op
+    rope_write: Op
+    swiglu: Op
+    attend: Op
+    extend: Op
+    head: Op
+    sample: Op
+    nucleus: Op
+    logprobs: Op
+    advance: Op
+    patch: Op
+    count_patch: Op
+    call: Op
+    attend_scratch: Callable[..., Any]
+    splits_for: Callable[[int, int], int]
+    head_blocks: Callable[[int], int]
+    sample_blocks: Callable[[int], int]
+
+
+_FILES = {
+    **{name: name for name in ("embed", "rmsnorm", "qkv", "linear", "gate_up", "skinny", "rope_write", "swiglu")},
+    **{name: name for name in ("attend", "extend", "head", "sample", "nucleus", "logprobs")},
+    **dict.fromkeys(("advance", "patch", "count_patch"), "step"),
+}
+
+
+def step_ops(device: torch.device, *, pdl: bool = False) -> StepOps:
+    """The ops of a step on that device. pdl: programmatic dependent launch (CUDA, sm_90 and up)."""
+    cuda = device.type == "cuda"
+    found: dict[str, Any] = {}
+    for name, file in _FILES.items():
+        op = getattr(import_module(f"splitdecode.kernels.{file}"), name if cuda else f"{name}_ref")
+        found[name] = partial(op, pdl=pdl) if cuda and pdl else op
+    attend = import_module("splitdecode.kernels.attend")
+    return StepOps(
+        **found, gemm=_gemm, call=_call, attend_scratch=attend.AttendScratch.new, splits_for=attend.splits_for
+    )
+
+
+def _gemm(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool = False) -> None:
+    """out (+)= a [M, K] @ w [N, K]^T + bias."""
+    if add:
+        out.addmm_(a, w.t())
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None:
+        torch.mm(a, w.t(), out=out)
+    else:
+        torch.addmm(bias, a, w.t(), out=out)
+
+
+def _call(function: Callable[..., object], *arguments: Any) -> None:
+    function(*arguments)

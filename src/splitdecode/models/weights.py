@@ -7,8 +7,9 @@
     o_proj [d, H x D]                              o        [H x D, d], rows in the same head order as q
     embed_tokens [V, d]                            embed    [V, d]; when tied, a view of head [d, V]
 
-[in, out] is what torch's matrix-vector product streams fastest on the host
-(benchmarks/kernels.py), and tied models keep one copy: an embedding gather from the transposed view costs microseconds.
+[in, out] is what torch's matrix-vector product streams fastest on the host (benchmarks/kernels.py). On a GPU the same
+matrices are transposed views of [out, in]: there one output is one contiguous stream. Tied models keep one copy of
+embed and head: an embedding gather from the transposed view costs microseconds.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class _FileSource:
     def get(self, name: str) -> Tensor:
         info = self.found[name]
         try:
-            with safe_open(str(info.path), framework="pt", device="cpu") as file:
+            with safe_open(str(info.path), framework="pt", device=str(self.device)) as file:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.path}: {name}: could not be read: {error}") from error
@@ -175,7 +176,7 @@ class _FileSource:
                 raise CheckpointError(
                     f"{info.path}: {name}: expected finite weights in {self.dtype}, found NaN or infinity"
                 )
-        return tensor.to(self.device)
+        return tensor
 
 
 class _NormalSource:
@@ -198,7 +199,7 @@ _Source = _FileSource | _NormalSource
 def _assemble(
     config: ModelConfig, source: _Source, dtype: torch.dtype, device: torch.device, own_head: bool
 ) -> ModelWeights:
-    head = torch.empty(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+    head = _matrix(config.hidden_size, config.vocab_size, dtype, device)
     embed = source.get("model.embed_tokens.weight")
     if own_head:
         head.copy_(source.get("lm_head.weight").t())
@@ -228,10 +229,13 @@ def _layer(config: ModelConfig, source: _Source, at: str, dtype: torch.dtype, de
             start += width
 
     def matrix(parts: list[tuple[str, int]]) -> Tensor:
-        out = torch.empty(config.hidden_size, sum(width for _, width in parts), dtype=dtype, device=device)
+        out = _matrix(config.hidden_size, sum(width for _, width in parts), dtype, device)
         for columns, rows in merged("weight", parts):
-            out[:, columns] = rows.t().contiguous()
+            out[:, columns] = rows.t() if device.type == "cuda" else rows.t().contiguous()
         return out
+
+    def stored(matrix: Tensor) -> Tensor:
+        return _matrix(matrix.shape[0], matrix.shape[1], dtype, device).copy_(matrix)
 
     def bias(parts: list[tuple[str, int]]) -> Tensor:
         return torch.cat([rows for _, rows in merged("bias", parts)])
@@ -249,14 +253,21 @@ def _layer(config: ModelConfig, source: _Source, at: str, dtype: torch.dtype, de
         qkv_bias=bias(qkv) if config.qkv_bias else None,
         q_norm=pair_dims(source.get(attn + "q_norm.weight"), 1, dim) if config.qk_norm else None,
         k_norm=pair_dims(source.get(attn + "k_norm.weight"), 1, dim) if config.qk_norm else None,
-        o=group_major(o.t().contiguous(), heads, kv_heads, dim),
+        o=stored(group_major(o.t().contiguous(), heads, kv_heads, dim)),
         o_bias=source.get(attn + "o_proj.bias") if config.o_bias else None,
         mlp_norm=source.get(at + "post_attention_layernorm.weight"),
         gate_up=matrix(gate_up),
         gate_up_bias=bias(gate_up) if config.mlp_bias else None,
-        down=source.get(at + "mlp.down_proj.weight").t().contiguous(),
+        down=stored(source.get(at + "mlp.down_proj.weight").t()),
         down_bias=source.get(at + "mlp.down_proj.bias") if config.mlp_bias else None,
     )
+
+
+def _matrix(inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for a matrix [in, out], in the order its device streams fastest."""
+    if device.type == "cuda":
+        return torch.empty(outputs, inputs, dtype=dtype, device=device).t()
+    return torch.empty(inputs, outputs, dtype=dtype, device=device)
 
 
 def pair_dims(rows: Tensor, heads: int, dim: int) -> Tensor:

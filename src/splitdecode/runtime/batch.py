@@ -21,15 +21,13 @@ from splitdecode.ops import PagedBatch
 
 Ints = npt.NDArray[np.int32]
 
-FEEDS_DEVICE = 2  # flags bit 1: the sampled id is the next input of its sequence
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Pending tokens of some lanes, packed flat for one forward; `draws` is the [N, 6] table of logits rows.
 
-    seqs [R]: the sequence of each row.  steps > 1: every row is one decode and goes on by itself, row r for row_steps[r]
-    [R] steps; the arrays describe the first, and the pages hold them all.
+    seqs [R]: the sequence of each row.  steps > 1: every row is one decode and goes on by itself, row r for
+    row_steps[r] [R] steps; the arrays describe the first, and the pages hold them all.
     """
 
     paged: PagedBatch
@@ -58,7 +56,7 @@ class StepBuffers:
 
     def plan(self, scheduler: Scheduler, lane: int, steps: int = 1) -> Batch | None:
         """The lane's next step (up to `steps` at once where all it does is decode), or None when nothing is pending."""
-        counts = scheduler.plan(lane, *self._arrays, steps)
+        counts = scheduler.plan(lane, *self._arrays, steps=steps)
         if counts[1] == 0:
             return None
         if counts != self._counts:

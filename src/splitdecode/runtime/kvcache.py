@@ -13,12 +13,15 @@ class KVCache:
     kv: [L, num_pages, page_size, 2, Hkv, D] in the model's dtype; layout: triton_kernels/README.md.
     """
 
-    def __init__(self, model: Transformer, num_pages: int, page_size: int, prefix_caching: bool) -> None:
+    def __init__(
+        self, model: Transformer, num_pages: int, page_size: int, prefix_caching: bool, *, null_page: bool = False
+    ) -> None:
+        """null_page: one page more, which the pool does not lend: where rows that do nothing write."""
         if num_pages < 1:
             need = page_size * kv_token_bytes(model.config, model.dtype.itemsize)
             raise CapacityError(f"the KV-cache memory does not hold one page of {page_size} tokens ({need} bytes)")
         self.pool = PagePool(num_pages, page_size, prefix_caching)
-        self.kv = model.new_cache(num_pages, page_size)
+        self.kv = model.new_cache(num_pages + null_page, page_size)
 
     @property
     def tokens(self) -> int:

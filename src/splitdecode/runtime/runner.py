@@ -9,7 +9,8 @@ from time import perf_counter
 import numpy as np
 
 from splitdecode.models import Transformer
-from splitdecode.runtime.batch import FEEDS_DEVICE, Batch, Ints
+from splitdecode.ops import FEEDS_DEVICE
+from splitdecode.runtime.batch import Batch, Ints
 from splitdecode.runtime.kvcache import KVCache
 from splitdecode.runtime.sampler import Array, Counts, Sampled, Sampler
 
@@ -30,6 +31,14 @@ class Flight:
     tokens: int
     ms: float
 
+    def land(self) -> Flight:
+        """Here the ids are known when the step is launched."""
+        return self
+
+    def dropped(self) -> tuple[Ints, Array]:
+        """Ids and log-probs nobody will look at."""
+        return self.ids, self.logprobs
+
 
 class ModelRunner:
     """One model, its cache and sampler: `launch(batch) -> Flight`."""
@@ -37,6 +46,7 @@ class ModelRunner:
     def __init__(self, model: Transformer, cache: KVCache, sampler: Sampler, max_seqs: int) -> None:
         self.model, self.cache, self.sampler = model, cache, sampler
         self._last = np.zeros(max_seqs, dtype=np.int32)  # the id last sampled for each sequence: next step's input
+        self.steps = 1  # decode steps a flight may take
         self._nothing = np.full(64, np.nan, dtype=np.float32)
 
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> Flight:

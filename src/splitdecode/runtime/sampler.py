@@ -32,9 +32,9 @@ from splitdecode.runtime.noise import Draw, NoiseWindow
 
 Array = npt.NDArray[Any]
 
-SUPPRESS_STOP = 1  # flags bit 0: min_tokens is not reached, so neither EOS nor a stop id may be sampled
+SUPPRESS_STOP = ops.SUPPRESS_END  # min_tokens is not reached, so neither EOS nor a stop id may be sampled
 
-_DRAW, _CUT, _EDIT, _LOGPROBS = 1, 2, 4, 8  # what a slot needs, as bits
+_DRAW, _CUT, _EDIT, _LOGPROBS = ops.DRAW, ops.CUT, ops.EDIT, ops.LOGPROBS
 _DENSE = 1024  # ids up to which whole rows are sorted and perturbed at once
 _START = 256  # ids ranked at first when only a mass (top_p) or a ratio (min_p) bounds their number
 
@@ -95,15 +95,9 @@ class Sampler:
 
         Raises RequestError when stop_token_ids or logit_bias name an id at or beyond vocab_limit.
         """
-        for name, ids in (("stop_token_ids", params.stop_ids), ("logit_bias", tuple(params.logit_bias or ()))):
-            if ids and max(ids) >= self.vocab_limit:
-                raise RequestError(f"{name}: found {max(ids)}, expected ids below {self.vocab_limit}")
-        bounded = params.top_k > 0
-        cut = (bounded and params.top_k < self.vocab_limit) or params.top_p < 1.0 or params.min_p > 0.0
-        kind = 0 if params.greedy else _DRAW | (_CUT if cut else 0)
-        kind |= _EDIT if params.logit_bias or params.penalised else 0
-        self._kind[slot] = kind | (_LOGPROBS if params.logprobs is not None else 0)
+        self._kind[slot] = kind_of(params, self.vocab_limit)
         self._params[slot] = params
+        bounded = params.top_k > 0
         self._key[slot] = key
         self._temperature[slot] = params.temperature
         self._top_k[slot] = min(params.top_k, self.vocab_limit) if bounded else self.vocab_limit
@@ -287,6 +281,20 @@ class Sampler:
                 best, found = _ranked(values[None], min(count, len(values)))
                 top[row] = (best[0].astype(np.int32), (found[0] - total).astype(np.float32))
         return Sampled(ids, logprobs, top if any(wanted) else None)
+
+
+def kind_of(params: SamplingParams, vocab_limit: int) -> int:
+    """What a slot with these parameters needs, as bits: DRAW, CUT, EDIT, LOGPROBS.
+
+    Raises RequestError when stop_token_ids or logit_bias name an id at or beyond vocab_limit.
+    """
+    for name, ids in (("stop_token_ids", params.stop_ids), ("logit_bias", tuple(params.logit_bias or ()))):
+        if ids and max(ids) >= vocab_limit:
+            raise RequestError(f"{name}: found {max(ids)}, expected ids below {vocab_limit}")
+    cut = 0 < params.top_k < vocab_limit or params.top_p < 1.0 or params.min_p > 0.0
+    kind = 0 if params.greedy else _DRAW | (_CUT if cut else 0)
+    kind |= _EDIT if params.logit_bias or params.penalised else 0
+    return kind | (_LOGPROBS if params.logprobs is not None else 0)
 
 
 def _host(logits: Tensor) -> Array:

@@ -17,7 +17,9 @@ from time import monotonic
 from splitdecode._C import Event, Scheduler
 from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.runtime.batch import Batch, StepBuffers
-from splitdecode.runtime.runner import Flight, ModelRunner
+from splitdecode.runtime.device import DeviceFlight
+from splitdecode.runtime.runner import Flight
+from splitdecode.runtime.runners import Runner
 from splitdecode.runtime.sampler import Counts
 from splitdecode.split.outputs import CompletionOutput, Delta, RequestMetrics
 from splitdecode.split.policies import HandoffPolicy
@@ -51,17 +53,18 @@ class Engine:
 
     def __init__(
         self,
-        runners: Pair[ModelRunner],
+        runners: Pair[Runner],
         tokens: PairTokens,
         config: EngineConfig,
         eos_ids: Pair[list[int]],
         max_len: Pair[int],
     ) -> None:
         self.runners, self.tokens, self.config, self.max_len = runners, tokens, config, max_len
+        self.depth = config.depth or 1
         specs = tuple((runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r]) for r in Role)
-        self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, config.depth)
+        self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, self.depth)
         self.buffers = Pair.of(self._buffers)
-        self.flights: Pair[deque[Flight]] = Pair(deque(), deque())
+        self.flights: Pair[deque[Flight | DeviceFlight]] = Pair(deque(), deque())
         self.waiting: deque[Choice] = deque()
         self.running: dict[int, Choice] = {}
         self._penalised = 0
@@ -82,11 +85,11 @@ class Engine:
         launched = Pair(False, False)
         try:
             for role in Role:
-                if (batch := self.buffers[role].plan(self.scheduler, role)) is not None:
+                if (batch := self.buffers[role].plan(self.scheduler, role, self.runners[role].steps)) is not None:
                     launched[role] = True
                     self.flights[role].append(self._launch(role, batch))
             for role in Role:
-                if self.flights[role] and (len(self.flights[role]) >= self.config.depth or not launched[role]):
+                if self.flights[role] and (len(self.flights[role]) >= self.depth or not launched[role]):
                     self._land(role)
         except BaseException:
             self._abandon()
@@ -140,7 +143,7 @@ class Engine:
 
     # ---- stepping
 
-    def _launch(self, role: Role, batch: Batch) -> Flight:
+    def _launch(self, role: Role, batch: Batch) -> Flight | DeviceFlight:
         return self.runners[role].launch(batch, self._counts(role, batch) if self._penalised else ())
 
     def _counts(self, role: Role, batch: Batch) -> list[Counts]:
@@ -154,7 +157,7 @@ class Engine:
         return out
 
     def _land(self, role: Role) -> None:
-        flight = self.flights[role].popleft()
+        flight = self.flights[role].popleft().land()
         if flight.top is not None and flight.draws is not None:
             for best, (_, seq, position, stream, _, _) in zip(flight.top, flight.draws.tolist(), strict=True):
                 if best is not None and seq in self.running:
@@ -235,12 +238,11 @@ class Engine:
                 if flight is None:
                     self.scheduler.discard_flight(role)
                 else:
-                    self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms)
+                    self.scheduler.commit(role, *flight.dropped(), 0.0)
             self.runners[role].cache.pool.clear_cache()
 
     def _buffers(self, role: Role) -> StepBuffers:
         config, page = self.config, self.config.page_size
         rows = config.max_num_seqs
         pages = rows * (-(-self.max_len[role] // page))
-        draws = min(config.max_num_batched_tokens, max(64, rows * (config.read_interval + 1)))
-        return StepBuffers(page, config.max_num_batched_tokens, rows, pages, draws)
+        return StepBuffers(page, config.max_num_batched_tokens, rows, pages, config.max_draws)
