@@ -21,7 +21,7 @@ Span = tuple[float, float] | None
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measurement; predicted: (low, high) of what performance.md expects, None where it is silent."""
+    """One measurement; predicted: (low, high) expected beforehand, None where nothing was."""
 
     stage: str
     name: str

@@ -164,3 +164,31 @@ def compare(oracle: Oracle, output: Any) -> None:
     assert output.text == text.decode("utf-8", "replace")
     if "\N{REPLACEMENT CHARACTER}" not in output.text:
         assert output.raw_text == oracle.raw_text()
+
+
+def run_schedule(world: World, seed: int, **more: Any) -> int:
+    """One engine, a few requests at once. Returns how many hand-offs there were. more: EngineConfig fields."""
+    rng = np.random.default_rng(seed)
+    engine = random_engine(rng) | more
+    tight = rng.random() < 0.4
+    per_lane = -(-engine["max_model_len"] // engine["page_size"])
+    decoder = make_decoder(world, engine, pages=per_lane + int(rng.integers(0, 3)) if tight else None)
+    number = int(rng.integers(1, 5))
+    prompts, params, policies = [], [], []
+    for _ in range(number):
+        ids = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 20)))]
+        prompts.append(ids)
+        params.append(random_params(rng, world.tokenizers.small))
+        policies.append(random_policy(rng))
+    made = [decoder._request(p, None, s, h) for p, s, h in zip(prompts, params, policies, strict=True)]
+    names = [decoder._queue(choices, None) for choices in made]
+    while decoder.engine.unfinished:
+        decoder.engine.tick()
+        decoder.engine.scheduler.check_invariants()
+    handoffs = 0
+    for name, sampling, policy in zip(names, params, policies, strict=True):
+        choice = decoder._requests[name][0]
+        handoffs += choice.metrics.handoffs
+        compare(expected(world, decoder, choice.prompts, sampling, policy), choice.output)
+    assert [runner.cache.pool.in_use for runner in decoder.engine.runners] == [0, 0]
+    return handoffs

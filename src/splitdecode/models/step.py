@@ -80,7 +80,6 @@ class StepModel:
         positions = min(c.max_positions, table.shape[1] * kv.shape[2])
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
         self.cis = torch.view_as_real(rope_table(c.rope, c.head_dim, positions, wide)).contiguous().to(device)
-        self._norms = [(w.attn_norm, w.mlp_norm) for w in self.weights.layers]
         self._groups = c.num_heads // c.num_kv_heads
 
         def room(*shape: int) -> Tensor:

@@ -156,6 +156,22 @@ def dummy_weights(
     return _assemble(config, _NormalSource(config, dtype, device, seed, std), dtype, device, not config.tied)
 
 
+def shape_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
+    """Weights without memory (torch's meta device): for plans, and for compiling kernels at real shapes."""
+    device = torch.device("meta")
+    return _assemble(config, _ShapeSource(config, dtype), dtype, device, not config.tied)
+
+
+class _ShapeSource:
+    """Shapes by name; there are no values."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.shapes, self.dtype = expected_tensors(config), dtype
+
+    def get(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], dtype=self.dtype, device="meta")
+
+
 class _FileSource:
     """Tensors by name from safetensors files, converted and checked one at a time."""
 
@@ -193,7 +209,7 @@ class _NormalSource:
         return tensor.normal_(0.0, self.std, generator=self.generator)
 
 
-_Source = _FileSource | _NormalSource
+_Source = _FileSource | _NormalSource | _ShapeSource
 
 
 def _assemble(
@@ -231,7 +247,7 @@ def _layer(config: ModelConfig, source: _Source, at: str, dtype: torch.dtype, de
     def matrix(parts: list[tuple[str, int]]) -> Tensor:
         out = _matrix(config.hidden_size, sum(width for _, width in parts), dtype, device)
         for columns, rows in merged("weight", parts):
-            out[:, columns] = rows.t() if device.type == "cuda" else rows.t().contiguous()
+            out[:, columns] = rows.t().contiguous() if device.type == "cpu" else rows.t()
         return out
 
     def stored(matrix: Tensor) -> Tensor:
@@ -265,7 +281,7 @@ def _layer(config: ModelConfig, source: _Source, at: str, dtype: torch.dtype, de
 
 def _matrix(inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for a matrix [in, out], in the order its device streams fastest."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return torch.empty(outputs, inputs, dtype=dtype, device=device).t()
     return torch.empty(inputs, outputs, dtype=dtype, device=device)
 
