@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rich.table import Table
 from splitdecode.errors import MissingExtraError
 
 _MOST = 128 << 20  # bytes of a buffer whose bandwidth is measured: beyond the caches of most hosts
+_MOST_CUDA = 4 << 30
 
 
 @dataclass(slots=True)
@@ -182,8 +184,9 @@ def _commit() -> str | None:
 # ---- bandwidth
 
 
-def bandwidths(device: str = "cpu", size: int = _MOST) -> dict[str, float]:
+def bandwidths(device: str = "cpu", size: int = 0) -> dict[str, float]:
     """GB/s of copy (read + written), triad (two read, one written) and read, the best of several passes."""
+    size = size or (_MOST_CUDA if device.startswith("cuda") else _MOST)
     count = size // 4
     a, b, c = (torch.full((count,), 0.5, device=device) for _ in range(3))
     return {
@@ -194,10 +197,29 @@ def bandwidths(device: str = "cpu", size: int = _MOST) -> dict[str, float]:
 
 
 def read_bandwidth(size: int, device: str = "cpu") -> float:
-    """GB/s of reading `size` bytes again and again (at most 128 MiB): what streaming weights of that size can reach."""
+    """GB/s of reading `size` bytes again and again (at most 128 MiB): what streaming weights of that size can reach.
+
+    On a GPU weights never stay in the cache, whatever their size: 4 GiB are read.
+    """
+    if device.startswith("cuda"):
+        return _device_read_bandwidth()
     count = max(1024, min(size, _MOST) // 4)
     a = torch.full((count,), 0.5, device=device)
     return 4 * count / min(_best(a.sum, device), _best(lambda: torch.dot(a, a), device)) / 1e9
+
+
+@cache
+def _device_read_bandwidth() -> float:
+    """The best of gpu_kernels.read's configurations, in a captured graph."""
+    import gpu_kernels
+    from gpu_timing import Replay
+
+    x = torch.full((_MOST_CUDA // 4,), 0.5, device="cuda")
+    times = []
+    for block, warps, steps in gpu_kernels.READS:
+        sums = torch.empty(x.numel() // (block * steps), device="cuda")
+        times.append(Replay(lambda s=sums, how=(block, warps, steps): gpu_kernels.read(x, s, *how)).us())
+    return 4e-3 * x.numel() / min(times)
 
 
 def _best(work: Callable[[], Any], device: str, seconds: float = 0.25) -> float:
@@ -233,13 +255,14 @@ def show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -
     console.print(table)
 
 
-def finish(document: dict[str, Any], file: Path | None) -> None:
-    """Writes the document to `file`, indented, and prints it as the last line."""
+def finish(document: dict[str, Any], file: Path | None, *, quietly: bool = False) -> None:
+    """Writes the document to `file`, indented, and prints it as the last line, unless `quietly`."""
     text = json.dumps(document, default=_plain)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, default=_plain, indent=1) + "\n", "utf-8")
-    print(text, flush=True)
+    if not quietly:
+        print(text, flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,8 @@
     PYTHONPATH=src python benchmarks/latency.py                                   the embedded pair, by its own tags
     ... latency.py --compare transformers --plot out.png                          and a peer, and a picture
     ... latency.py --small random-5m --large random-100m --trace math             random weights, forced hand-offs
-    ... latency.py --small 1.5b --large 32b --device cuda --trace aime --max-tokens 0
+    ... latency.py --small 1.5b --large 32b                                       on a GPU: the headline (headline.py)
+    ... latency.py --small 1.5b --large 32b --device cuda --trace aime --max-tokens 0 --end-to-end
 
 Batch-1 decoding is bound by streaming weights: a token costs at least weight bytes / memory bandwidth. That floor is
 measured on this machine and shown beside every figure, with the share of it that was reached (MBU). Times are end to
@@ -21,7 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import headline
+import torch
 from harness import Bar, Spread, bar_plot, finish, load_pyplot, show_table
+from headline import CATCH_UPS
 from measure import Measurement
 from runs import MODES
 from traces import NAMES
@@ -48,9 +52,19 @@ def arguments() -> argparse.ArgumentParser:
     add("--num-iters-warmup", type=_natural, default=1, help="runs before them (1)")
     add("--threads", type=_natural, default=1, help="threads torch computes with, 0: its own choice (1)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the file's; presets bfloat16, else float32")
-    add("--device", default="cpu")
-    add("--page-size", type=_positive, default=16, help="positions per cache page (16)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--page-size", type=_positive, help="positions per cache page (16; on a GPU 64)")
     add("--read-interval", type=_positive, default=4, help="large tokens between two readings (4)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--headline", action="store_true", default=None, help="time per token at --context (on a GPU)")
+    kind.add_argument("--end-to-end", dest="headline", action="store_false", help="whole requests (on a CPU)")
+    add("--context", type=_positive, default=4096, help="headline: positions before the middle of an answer (4096)")
+    add("--offload", default="1.35,5,20", help="headline: percentages the large model writes (%(default)s)")
+    add("--segment", type=_positive, default=32, help="headline: tokens the large model writes at a time (32)")
+    add("--catch-ups", type=_counts, default=CATCH_UPS, help="headline: tokens caught up at once (64,...,2048)")
+    add("--steps-per-graph", type=_positive, default=1, help="decode steps in one captured graph (1)")
+    add("--enforce-eager", action="store_true", help="no captured graphs")
+    add("--programmatic-launch", action="store_true", help="programmatic dependent launch")
     add("--output-json", type=Path, help="also write the document here")
     add("--plot", type=Path, help="draw the figures into this PNG")
     return parser
@@ -59,7 +73,11 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; `argv` without the program's name."""
     args = arguments().parse_args(argv)
+    cuda = args.device.startswith("cuda")
+    args.page_size = args.page_size or (64 if cuda else 16)
     try:
+        if args.headline or (args.headline is None and cuda and args.small != "demo"):
+            return headline.run(args)
         if args.plot:
             load_pyplot()  # a missing package is told before an hour of measuring
         measurement = Measurement(args)
@@ -150,6 +168,10 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(",") if part)
 
 
 def _positive(text: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import free_memory
@@ -122,15 +123,26 @@ def check_fits(sources: Pair[Source], length: int, device: str, copies: int = 1)
 
 
 def build(
-    sources: Pair[Source], length: int, *, device: str, page_size: int, read_interval: int, split_tags: bool
+    sources: Pair[Source],
+    length: int,
+    *,
+    device: str,
+    page_size: int,
+    read_interval: int,
+    split_tags: bool,
+    prefix_caching: bool = False,
+    max_num_seqs: int = 4,
+    **more: Any,
 ) -> SplitDecoder:
-    """Loads the pair for one sequence of `length` tokens. Prefix caching is off: every run prefills its prompt."""
+    """Loads the pair for one sequence of `length` tokens. Without prefix caching every run prefills its prompt.
+    more: EngineConfig's fields."""
     pages = 2 * (length + 2 * page_size)
     options = EngineConfig(
+        **more,
         page_size=page_size,
         read_interval=read_interval,
-        enable_prefix_caching=False,
-        max_num_seqs=4,
+        enable_prefix_caching=prefix_caching,
+        max_num_seqs=max_num_seqs,
         max_model_len=min(length, *(source.config.max_positions for source in sources)),
         kv_cache_memory=pages * sum(kv_bytes(source.config, source.itemsize) for source in sources),
     )

@@ -10,7 +10,7 @@ per tick, which is not timed:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -74,6 +74,12 @@ def observed(decoder: SplitDecoder, jobs: list[Job]) -> tuple[list[RequestOutput
     """The jobs once more, with an eye on every tick."""
     with _watching(decoder.engine) as observer:
         return run(decoder, jobs), observer
+
+
+def observed_once(decoder: SplitDecoder, work: Callable[[], RequestOutput]) -> tuple[RequestOutput, Observer]:
+    """One request, with an eye on every tick."""
+    with _watching(decoder.engine) as observer:
+        return work(), observer
 
 
 @contextmanager
