@@ -1,10 +1,11 @@
-"""What single operations cost on the CPU: each beside the alternatives it was chosen over.
+"""What single operations cost, each beside the alternatives it was chosen over: on the CPU, and kernels on a GPU.
 
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/kernels.py --what ops        one token through each op
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/kernels.py --what sampler    one step of the host sampler
     ... kernels.py --what ops --only attention --num-iters 300                      some of them, longer
+    ... kernels.py --what gpu                                         every kernel of a step (device_kernels.py)
 
-Alternatives run in turns, in bundles of calls that last --bundle-ms each; a figure is process CPU time per call, median
+On the CPU alternatives run in turns, in bundles of calls that last --bundle-ms each; a figure is process CPU time per call, median
 and quartiles over --num-iters bundles, one Python call included. What should give the same is compared beforehand.
 
 Bytes are what an op has to move at least: weights, what it reads, what it writes. Calls repeat on the same buffers, so
@@ -68,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--what", choices=["ops", "sampler"], default="ops", help="default %(default)s")
+    add("--what", choices=["ops", "sampler", "gpu"], default="ops", help="default %(default)s")
     add("--only", default="", help="only what has this in its name, such as attention or '152 ids'")
     add("--num-iters", type=_positive, default=100, help="counted bundles (100)")
     add("--num-iters-warmup", type=_positive, default=5, help="bundles before them (5)")
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     use_threads(args.threads)
     torch.manual_seed(0)
+    if args.what == "gpu":
+        return _on_device(args)
     every = all_ops() if args.what == "ops" else all_samplers()
     found = [_measured(contest, args) for contest in every if args.only in f"{contest.op} {contest.shape}"]
     if not found:
@@ -99,6 +102,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show(document)
     finish(document, args.output_json)
     return 0
+
+
+def _on_device(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("kernels.py: --what gpu: no CUDA device here", file=sys.stderr)
+        return 2
+    import device_kernels  # it imports Triton
+
+    document = {"benchmark": "kernels", "what": "gpu", "machine": machine("cuda"), "contests": []}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        document["contests"] = rows
+        if args.output_json:
+            finish(document, args.output_json, quietly=True)
+
+    rows = device_kernels.run(args.only, keep)
+    head = ["kernel", "model", "shape", "us", "GB/s", "share", "peers, us"]
+    show_table("kernels in captured graphs, cold weights", head, device_kernels.table(rows))
+    finish(document, args.output_json)
+    return int(any("error" in row for row in rows))
 
 
 def check(contest: Contest) -> None:
