@@ -1,12 +1,12 @@
 """Benchmarks: every kernel of a step on a CUDA device, in captured graphs over rotated weights, beside its peers.
 
-A contest is one kernel at one shape. Its weights (or cache) come in as many copies as pass ROTATION bytes, so that every
-call finds the L2 cold; a captured graph calls all of them in turn, and a figure is the median over blocks of replays,
-the gap to the next node included. Outputs are poisoned with NaN, replayed, and compared with float32 torch on the same
-random inputs before a time counts. `share` is bytes / time over the measured read bandwidth.
+A contest is one kernel at one shape. Its weights (or cache) come in as many copies as pass ROTATION bytes, so that
+every call finds the L2 cold; a captured graph calls all of them in turn, and a figure is the median over blocks of
+replays, the gap to the next node included. Outputs are poisoned and compared with float32 torch on the same random
+inputs before a time counts. `share` is bytes / time over the measured read bandwidth.
 
-Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA (and FlashInfer, where it can be
-imported) for attention, torch.compile for what is fused.
+Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA for attention, torch.compile for
+what is fused.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     ... kernels.py --what ops --only attention --num-iters 300                      some of them, longer
     ... kernels.py --what gpu                                         every kernel of a step (device_kernels.py)
 
-On the CPU alternatives run in turns, in bundles of calls that last --bundle-ms each; a figure is process CPU time per call, median
-and quartiles over --num-iters bundles, one Python call included. What should give the same is compared beforehand.
+On the CPU alternatives run in turns, in bundles of calls that last --bundle-ms each; a figure is process CPU time per
+call, median and quartiles over --num-iters bundles, one Python call included. What should give the same is compared
+beforehand.
 
 Bytes are what an op has to move at least: weights, what it reads, what it writes. Calls repeat on the same buffers, so
 `resident` names the smallest cache that holds them; a model larger than that cache finds its weights further away. The
