@@ -5,8 +5,8 @@ every call finds the L2 cold; a captured graph calls all of them in turn, and a 
 replays, the gap to the next node included. Outputs are poisoned and compared with float32 torch on the same random
 inputs before a time counts. `share` is bytes / time over the measured read bandwidth.
 
-Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA for attention, torch.compile for
-what is fused.
+Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA for attention, torch.compile
+for what is fused.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class Headline:
             steps_per_graph=args.steps_per_graph,
             enforce_eager=args.enforce_eager,
             programmatic_launch=args.programmatic_launch,
+            l2_prefetch=args.l2_prefetch,
         )
 
     def _runs(self, shares: Sequence[float], names: Sequence[str]) -> list[Run]:
@@ -225,6 +226,8 @@ class Headline:
                     "page_size",
                     "read_interval",
                     "steps_per_graph",
+                    "programmatic_launch",
+                    "l2_prefetch",
                     "num_iters",
                 )
             },

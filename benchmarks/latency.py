@@ -65,6 +65,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--steps-per-graph", type=_positive, default=1, help="decode steps in one captured graph (1)")
     add("--enforce-eager", action="store_true", help="no captured graphs")
     add("--programmatic-launch", action="store_true", help="programmatic dependent launch")
+    add("--l2-prefetch", action="store_true", help="next weights into the L2 during attention")
     add("--output-json", type=Path, help="also write the document here")
     add("--plot", type=Path, help="draw the figures into this PNG")
     return parser

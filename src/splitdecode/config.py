@@ -175,6 +175,7 @@ class EngineConfig:
     steps_per_graph          decode steps in one captured graph, 1 to 8: fewer launches, more overshoot past a tag
     enforce_eager            launch every kernel by itself instead of replaying captured graphs (GPU)
     programmatic_launch      let a kernel start while the one before it ends (GPU, sm_90 and up)
+    l2_prefetch              request the next weights into the L2 while attention runs (GPU)
     read_interval            tokens the writing model may be ahead of its reader
     max_span                 tokens of one span before it is closed by force
     seed                     requests without their own draw theirs from it, one after another
@@ -190,6 +191,7 @@ class EngineConfig:
     steps_per_graph: int = 1
     enforce_eager: bool = False
     programmatic_launch: bool = False
+    l2_prefetch: bool = False
     read_interval: int = 4
     max_span: int = 512
     seed: int = 0
@@ -209,6 +211,7 @@ class EngineConfig:
         _int("steps_per_graph", self.steps_per_graph, 1, 8)
         _bool("enforce_eager", self.enforce_eager)
         _bool("programmatic_launch", self.programmatic_launch)
+        _bool("l2_prefetch", self.l2_prefetch)
         _int("read_interval", self.read_interval, 1, 2**16)
         _int("max_span", self.max_span, 1, MAX_POSITIONS)
         _int("seed", self.seed, -(2**63), 2**64 - 1)

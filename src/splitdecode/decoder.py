@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,7 @@ from splitdecode.errors import CapacityError, RequestError
 from splitdecode.models import Transformer, load_model, open_checkpoint
 from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.runtime.device import DeviceRunner
 from splitdecode.runtime.kvcache import kv_token_bytes
 from splitdecode.runtime.runners import make_runner
 from splitdecode.split.engine import Choice, Engine
@@ -77,6 +79,7 @@ class SplitDecoder:
             )
         )
         self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len)
+        self._warm_up()
         self._requests: dict[str, list[Choice]] = {}
         self._numbers, self._seeds = count(), count()
         self._closed = False
@@ -149,6 +152,13 @@ class SplitDecoder:
         useful = longest.map(lambda n: -(-n // config.page_size) * config.max_num_seqs)
         rooms = useful.map(lambda n: min(pages, n))
         return rooms, Pair.of(lambda r: min(longest[r], rooms[r] * config.page_size))
+
+    def _warm_up(self) -> None:
+        """Compiles kernels and captures steps where models run by captured steps, with a progress bar."""
+        for role in Role:
+            runner = self.engine.runners[role]
+            if isinstance(runner, DeviceRunner) and runner.captures:
+                runner.warm_up(partial(_progress, unit="graph", desc=f"capturing steps of the {role} model"))
 
     # ---- answers
 
@@ -315,7 +325,7 @@ class SplitDecoder:
 
     def _run(self, ids: Iterable[str], use_tqdm: bool) -> None:
         choices = [choice for request_id in ids for choice in self._requests[request_id]]
-        bar = _progress(len(choices)) if use_tqdm else None
+        bar = _progress(total=len(choices), unit="answer") if use_tqdm else None
         left, unfinished = len(choices), -1
         while left:
             self.engine.tick()
@@ -375,7 +385,7 @@ def _own_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
     return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
-def _progress(total: int) -> Any:
+def _progress(*items: Any, **options: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="answer", dynamic_ncols=True)
+    return tqdm(*items, dynamic_ncols=True, **options)

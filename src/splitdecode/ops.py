@@ -90,7 +90,7 @@ class StepOps:
 
     gemm(a, w, bias, out, *, add): as skinny, by the library, for any number of rows.
     call(function, *arguments): any other work on static tensors, recorded like an op.
-    attend_scratch, splits_for: memory and shape of `attend`.  head_blocks, sample_blocks: of their partial results.
+    attend_scratch, splits_for, head_scratch, sample_scratch: memory of ops of that name, and its shape.
     """
 
     embed: Op
@@ -114,8 +114,8 @@ class StepOps:
     call: Op
     attend_scratch: Callable[..., Any]
     splits_for: Callable[[int, int], int]
-    head_blocks: Callable[[int], int]
-    sample_blocks: Callable[[int], int]
+    head_scratch: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sample_scratch: Callable[..., Any]
 
 
 _FILES = {
@@ -125,16 +125,25 @@ _FILES = {
 }
 
 
-def step_ops(device: torch.device, *, pdl: bool = False) -> StepOps:
-    """The ops of a step on that device. pdl: programmatic dependent launch (CUDA, sm_90 and up)."""
-    cuda = device.type == "cuda"
+def step_ops(device: torch.device, *, pdl: bool = False, launchers: bool | None = None) -> StepOps:
+    """The ops of a step on that device. pdl: programmatic dependent launch (CUDA, sm_90 and up).
+
+    launchers: Triton's half or the references; None: Triton's on CUDA (elsewhere it needs Triton's interpreter).
+    """
+    launchers = device.type == "cuda" if launchers is None else launchers
     found: dict[str, Any] = {}
     for name, file in _FILES.items():
-        op = getattr(import_module(f"splitdecode.kernels.{file}"), name if cuda else f"{name}_ref")
-        found[name] = partial(op, pdl=pdl) if cuda and pdl else op
-    attend = import_module("splitdecode.kernels.attend")
+        op = getattr(import_module(f"splitdecode.kernels.{file}"), name if launchers else f"{name}_ref")
+        found[name] = partial(op, pdl=True) if launchers and pdl else op
+    attend, head, sampling = (import_module(f"splitdecode.kernels.{name}") for name in ("attend", "head", "sample"))
     return StepOps(
-        **found, gemm=_gemm, call=_call, attend_scratch=attend.AttendScratch.new, splits_for=attend.splits_for
+        **found,
+        gemm=_gemm,
+        call=_call,
+        attend_scratch=attend.AttendScratch.new,
+        splits_for=attend.splits_for,
+        head_scratch=partial(_head_scratch, head.head_programs),
+        sample_scratch=sampling.SampleScratch.new,
     )
 
 
@@ -148,6 +157,12 @@ def _gemm(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, add: bool =
         torch.mm(a, w.t(), out=out)
     else:
         torch.addmm(bias, a, w.t(), out=out)
+
+
+def _head_scratch(programs: Callable[[Tensor], int], w: Tensor) -> tuple[Tensor, Tensor]:
+    """best and best_id of `head` with these weights."""
+    best = torch.empty(programs(w), dtype=torch.float32, device=w.device)
+    return best, torch.empty_like(best, dtype=torch.int32)
 
 
 def _call(function: Callable[..., object], *arguments: Any) -> None:

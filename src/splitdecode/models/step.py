@@ -72,11 +72,16 @@ class StepInputs:
 class StepModel:
     """One model's weights, cache and the static memory its steps work in."""
 
-    def __init__(self, model: Transformer, kv: Tensor, table: Tensor, last: Tensor, max_tokens: int) -> None:
-        """kv [L, pages + 1, page_size, 2, Hkv, D]: the last page is the null page.  table [S, P], last [S] int32."""
+    def __init__(
+        self, model: Transformer, kv: Tensor, table: Tensor, last: Tensor, max_tokens: int, *, prefetch: bool = False
+    ) -> None:
+        """kv [L, pages + 1, page_size, 2, Hkv, D]: the last page is the null page.  table [S, P], last [S] int32.
+
+        prefetch: while attention leaves the memory idle, request the next weights into the L2.
+        """
         c, dtype, device = model.config, model.dtype, model.device
         self.config, self.weights, self.dtype, self.device = c, model.weights, dtype, device
-        self.kv, self.table, self.last, self.max_tokens = kv, table, last, max_tokens
+        self.kv, self.table, self.last, self.max_tokens, self.prefetch = kv, table, last, max_tokens, prefetch
         positions = min(c.max_positions, table.shape[1] * kv.shape[2])
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
         self.cis = torch.view_as_real(rope_table(c.rope, c.head_dim, positions, wide)).contiguous().to(device)
@@ -119,8 +124,9 @@ class StepModel:
                 q = self.q[:1]
                 places = (self.cis, inputs.positions, inputs.slots, self.table, cache)
                 ops.qkv(x, w.attn_norm, eps, w.qkv.t(), w.qkv_bias, *places, q)
-                self._attend(ops, shape, inputs, cache, own)
-                ops.linear(self.attended[:1], w.o.t(), w.o_bias, x)
+                self._attend(ops, shape, inputs, cache, own, w.o.t() if self.prefetch else None)
+                then = {"prefetch": w.gate_up.t()} if self.prefetch else {}
+                ops.linear(self.attended[:1], w.o.t(), w.o_bias, x, **then)
                 ops.gate_up(x, w.mlp_norm, eps, w.gate_up.t(), w.gate_up_bias, self.act[:1])
                 ops.linear(self.act[:1], w.down.t(), w.down_bias, x)
             else:
@@ -143,12 +149,20 @@ class StepModel:
         ops.swiglu(self.gate_up[:count], self.act[:count])
         self.product(ops, self.act[:count], w.down, w.down_bias, x, add=True)
 
-    def _attend(self, ops: StepOps, shape: StepShape, inputs: StepInputs, cache: Tensor, own: Tensor) -> None:
+    def _attend(
+        self,
+        ops: StepOps,
+        shape: StepShape,
+        inputs: StepInputs,
+        cache: Tensor,
+        own: Tensor,
+        prefetch: Tensor | None = None,
+    ) -> None:
         q, out = self.q[: shape.tokens], self.attended[: shape.tokens]
         places = (q, cache, self.table, inputs.tiles, inputs.positions, inputs.slots)
         if shape.split:
             scratch = self._scratch[shape.tiles, shape.queries]
-            ops.attend(*places, scratch, own, out, queries=shape.queries)
+            ops.attend(*places, scratch, own, out, queries=shape.queries, prefetch=prefetch)
         else:
             ops.extend(*places, out, queries=shape.queries)
 

@@ -93,12 +93,13 @@ class DeviceRunner:
         self._logprobs = torch.full(size, float("nan"), dtype=torch.float32, pin_memory=pinned)
         largest = StepShape(max(tokens, slots), max(tokens, slots) + slots, max_draws, 1)
         words = sum(StepInputs.sizes(largest))
-        self.model = StepModel(model, cache.kv, self.table, last, largest.tokens)
+        self.model = StepModel(model, cache.kv, self.table, last, largest.tokens, prefetch=config.l2_prefetch)
         self.program = Program(self.model, sampler, self._outbox, self._logprobs, words, adjust)
         self._places = torch.zeros(self._rings, 4 + words, dtype=torch.int32, pin_memory=pinned)
         self._sent_edits = torch.zeros(self._rings, 2, EDITS, 3, dtype=torch.int32, pin_memory=pinned)
         self._edits = torch.zeros(2, EDITS, 3, dtype=torch.int32, device=self.device)
         self._graphs: dict[StepShape, Graph] = {}
+        self.captures = pinned and not config.enforce_eager  # before the first request
         self._pool = GraphPool(self.device)
         self._landed = 0.0
         self._views: dict[tuple[int, StepShape], dict[str, Array]] = {}

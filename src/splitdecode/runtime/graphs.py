@@ -18,7 +18,7 @@ from splitdecode.ops import StepOps
 
 Run = Callable[[StepOps], object]
 
-_MEMORY = {"attend_scratch", "splits_for", "head_blocks", "sample_blocks"}  # StepOps that are no launches
+_MEMORY = {"attend_scratch", "splits_for", "head_scratch", "sample_scratch"}  # StepOps that are no launches
 
 
 class Graph(Protocol):

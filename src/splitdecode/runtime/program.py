@@ -12,6 +12,7 @@ The outbox is host memory the device writes to (pinned), a ring of flights: [fli
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,10 +48,10 @@ class Program:
         draws, vocab = outbox.shape[2], model.config.vocab_size
         self.hidden = torch.zeros(draws, model.config.hidden_size, dtype=dtype, device=device)
         self.logits = torch.zeros(draws, vocab, dtype=real, device=device)
-        self.scaled = torch.zeros(draws, slots.vocab_limit, dtype=real, device=device)
         self.ids = torch.zeros(draws, dtype=torch.int32, device=device)
         self.chosen = torch.zeros(draws, dtype=torch.float32, device=device)
-        self._best: dict[str, tuple[Tensor, Tensor]] = {}
+        self._head_scratch: tuple[Tensor, Tensor] | None = None
+        self._sample_scratch: Any = None
         self._counters: dict[int, Tensor] = {}
 
     def inputs(self, shape: StepShape) -> StepInputs:
@@ -63,13 +64,10 @@ class Program:
         size = self.model.counter_count(shape) + shape.draws
         if size not in self._counters:
             self._counters[size] = torch.zeros(size, dtype=torch.int32, device=self.model.device)
-        if not self._best:
-            wide = self.logits.dtype
-            head = (1, ops.head_blocks(self.model.config.vocab_size))
-            rows = (len(self.ids), ops.sample_blocks(self.slots.vocab_limit))
-            for name, room in (("head", head), ("sample", rows)):
-                best = torch.zeros(room, dtype=wide, device=self.ids.device)
-                self._best[name] = (best, torch.zeros(room, dtype=torch.int32, device=self.ids.device))
+        if self._head_scratch is None:
+            self._head_scratch = ops.head_scratch(self.model.weights.head.t())
+            rows, device, real = len(self.ids), self.ids.device, self.logits.dtype
+            self._sample_scratch = ops.sample_scratch(rows, self.slots.vocab_limit, device, real)
 
     def run(self, ops: StepOps, shape: StepShape) -> None:
         """All steps of the shape; prepare() came before."""
@@ -91,8 +89,8 @@ class Program:
         logits, ids, draws = self.logits_of(shape), self.ids[:count], inputs.draws
         alone = count == 1 and self.adjust is None
         if alone:
-            best = self._best["head"]
-            ops.head(x, w.norm, eps, w.head.t(), draws, state, logits, best[0][0], best[1][0], counters, ids)
+            assert self._head_scratch is not None
+            ops.head(x, w.norm, eps, w.head.t(), draws, state, logits, *self._head_scratch, counters, ids)
         else:
             hidden = self.hidden[:count]
             ops.rmsnorm(x, w.norm, eps, hidden, rows=draws[:, 0])
@@ -100,10 +98,9 @@ class Program:
             if self.adjust is not None:
                 ops.call(self.adjust, logits, inputs.tokens, draws)
         if shape.full or not alone:
-            best = self._best["sample"]
-            ops.sample(logits, draws, state, self.scaled[:count], best[0][:count], best[1][:count], counters, ids)
+            ops.sample(logits, draws, state, self._sample_scratch, counters, ids)
         if shape.full:
-            ops.nucleus(self.scaled[:count], draws, state, ids)
+            ops.nucleus(draws, state, self._sample_scratch, ids)
             ops.logprobs(logits, draws, state, ids, self.chosen[:count])
 
     def _advance(self, ops: StepOps, shape: StepShape, inputs: StepInputs, step: int) -> None:

@@ -1,0 +1,140 @@
+"""The step program over Triton kernels against the CPU path: logits and caches of small models of every family.
+
+In Triton's interpreter here, compiled on a GPU by `pytest -m gpu`. Tokens are given (teacher forcing); what is compared
+are the logits of every row, and the cache a further step reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles.tiny import random_hf
+from torch import Tensor
+
+from splitdecode.models import Transformer, load_model
+from splitdecode.models.step import StepInputs, StepModel, StepShape
+from splitdecode.models.weights import LayerWeights, ModelWeights
+from splitdecode.ops import PagedBatch, StepOps, step_ops
+
+PAGE = 4
+
+
+def launchers(device: torch.device) -> StepOps:
+    """Triton's half, also where the device is the interpreter's."""
+    return step_ops(device, launchers=True)
+
+
+def by_rows(model: Transformer) -> Transformer:
+    """The same model with its matrices stored [out, in], as a GPU has them."""
+
+    def turned(matrix: Tensor) -> Tensor:
+        return matrix.t().contiguous().t()
+
+    layers = []
+    for w in model.weights.layers:
+        fields = {name: getattr(w, name) for name in LayerWeights.__slots__}
+        layers.append(LayerWeights(**fields | {name: turned(fields[name]) for name in ("qkv", "o", "gate_up", "down")}))
+    head = turned(model.weights.head)
+    embed = model.weights.embed.contiguous()
+    return Transformer(model.config, ModelWeights(embed, tuple(layers), model.weights.norm, head))
+
+
+def batch_of(tokens: list[int], start: int, pages: list[int]) -> PagedBatch:
+    """One row of pending tokens from position `start` on."""
+    count, end = len(tokens), start + len(tokens)
+    slots = [pages[p // PAGE] * PAGE + p % PAGE for p in range(start, end)]
+    ints = [tokens, list(range(start, end)), slots, [0, count], [end], [0, len(pages)], pages]
+    return PagedBatch(*(torch.tensor(part, dtype=torch.int32) for part in ints), PAGE)
+
+
+class Stage:
+    """A StepModel with one slot, fed by hand."""
+
+    def __init__(self, model: Transformer, ops: StepOps, pages: list[int]) -> None:
+        c, device = model.config, model.device
+        self.ops, self.pages = ops, pages
+        kv = torch.full((c.num_layers, max(pages) + 2, PAGE, 2, c.num_kv_heads, c.head_dim), float("nan"))
+        table = torch.tensor([pages], dtype=torch.int32, device=device)
+        last = torch.zeros(1, dtype=torch.int32, device=device)
+        self.model = StepModel(model, kv.to(device=device, dtype=model.dtype), table, last, 128)
+
+    def logits(self, tokens: list[int], start: int, shape: StepShape) -> Tensor:
+        """Logits [T, V] of the tokens, which may be fewer than the shape's."""
+        base = torch.zeros(sum(StepInputs.sizes(shape)), dtype=torch.int32)
+        inputs, count = StepInputs.of(base, shape), len(tokens)
+        inputs.positions[:] = -1
+        inputs.tokens[:count] = torch.tensor(tokens)
+        inputs.positions[:count] = torch.arange(start, start + count)
+        for i, first in enumerate(range(0, count, shape.queries)):
+            inputs.tiles[i] = torch.tensor([first, min(shape.queries, count - first)])
+        inputs = StepInputs.of(base.to(self.model.device), shape)
+        self.model.prepare(self.ops, shape)
+        counters = torch.full((self.model.counter_count(shape),), 7, dtype=torch.int32, device=self.model.device)
+        w, eps = self.model.weights, self.model.config.rms_eps
+        x = self.model.run(self.ops, shape, inputs, counters)[:count]
+        hidden, logits = torch.empty_like(x), x.new_empty(count, w.head.shape[1])
+        self.ops.rmsnorm(x, w.norm, eps, hidden)
+        self.model.product(self.ops, hidden, w.head, None, logits)
+        return logits.cpu()
+
+
+KINDS = ("qwen2", "qwen3", "llama")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = {}
+    for i, kind in enumerate(KINDS):
+        out[kind] = tmp_path_factory.mktemp(kind)
+        random_hf(kind, 150, 64, 2, i).save_pretrained(out[kind])
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_the_cpu_path(device: torch.device, kind: str, saved: dict[str, Path]) -> None:
+    plain = load_model(saved[kind], dtype=torch.float32)
+    model = load_model(saved[kind], dtype=torch.float32, device=device) if device.type == "cuda" else by_rows(plain)
+    rng = np.random.default_rng(3)
+    ids = [int(i) for i in rng.integers(0, 150, 24)]
+    pages = [5, 2, 7, 0, 3, 1, 6]
+    stage = Stage(model, launchers(device), pages)
+    cache = plain.new_cache(9, PAGE)
+    parts = [
+        (9, StepShape(9, 1, 9, 16, split=False)),  # a prompt: extend
+        (1, StepShape(1, 1, 1, 1)),  # a decode
+        (5, StepShape(8, 8, 8, 8)),  # a small mixed step, padded
+        (1, StepShape(4, 4, 4, 1)),  # a decode among empty rows
+        (2, StepShape(2, 2, 2, 1)),  # two tiles of one slot
+        (1, StepShape(1, 1, 1, 1)),
+    ]
+    start = 0
+    for count, shape in parts:
+        tokens = ids[start : start + count]
+        wanted = plain.forward(batch_of(tokens, start, pages), cache)
+        found = stage.logits(tokens, start, shape)
+        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4, msg=lambda m, s=shape: f"{s}\n{m}")
+        start += count
+    used = torch.cat([stage.model.kv[:, page] for page in pages[: -(-start // PAGE)]], 1)[:, :start]
+    mine = torch.cat([cache[:, page] for page in pages[: -(-start // PAGE)]], 1)[:, :start]
+    torch.testing.assert_close(used.cpu(), mine, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_references_are_the_cpu_path_in_float64(kind: str, saved: dict[str, Path]) -> None:
+    model = load_model(saved[kind], dtype=torch.float64)
+    ids = [int(i) for i in np.random.default_rng(4).integers(0, 150, 12)]
+    pages, cache = [3, 1, 0], model.new_cache(5, PAGE)
+    stage = Stage(model, step_ops(torch.device("cpu")), pages)
+    start = 0
+    for count, shape in [
+        (6, StepShape(6, 1, 6, 16, split=False)),
+        (1, StepShape(1, 1, 1, 1)),
+        (5, StepShape(8, 8, 8, 8)),
+    ]:
+        tokens = ids[start : start + count]
+        wanted = model.forward(batch_of(tokens, start, pages), cache)
+        torch.testing.assert_close(stage.logits(tokens, start, shape), wanted, rtol=1e-9, atol=1e-9)
+        start += count
