@@ -129,7 +129,9 @@ class World:
         self.attempts: dict[tuple[int, int], tuple[int, int]] = {}
         self.script: dict[tuple[int, int], dict[int, int]] = {}  # (seq, lane) -> position -> id drawn there
         sizes = (shape.tokens, shape.tokens, shape.tokens, shape.rows + 1, shape.rows, shape.rows + 1)
-        self.buffers = [np.full(n, -7, np.int32) for n in (*sizes, shape.plan_pages, shape.rows, shape.rows, 6 * shape.logits)]
+        self.buffers = [
+            np.full(n, -7, np.int32) for n in (*sizes, shape.plan_pages, shape.rows, shape.rows, 6 * shape.logits)
+        ]
 
     # ---- decisions, with what they mean for the twin
 

@@ -105,7 +105,7 @@ class Program:
 
     def _advance(self, ops: StepOps, shape: StepShape, inputs: StepInputs, step: int) -> None:
         ids, chosen = self.ids[: shape.draws], self.chosen[: shape.draws] if shape.full else None
-        words = (inputs.tokens, inputs.positions, inputs.slots, inputs.left, inputs.tiles, inputs.draws)
+        words = (inputs.tokens, inputs.positions, inputs.left, inputs.tiles, inputs.draws)
         ops.advance(
             *words,
             ids,
