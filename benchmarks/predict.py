@@ -10,8 +10,8 @@ recorded launch costs
     gap  +  ramp  +  bytes / (share x bandwidth)          bytes: weights, KV, activations, partial sums
 
 gap: a node of a replayed graph. ramp: what a dependent kernel waits before its first bytes arrive, and its end.
-Programmatic launch hides most of both behind the kernel before. These figures are predictions: SPEED.md holds them
-beside what was measured. The last line is one JSON document.
+Programmatic dependent launch (PDL) hides most of both behind the kernel before. These figures are predictions: SPEED.md
+holds them beside what was measured. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ import torch
 from harness import finish, show_table
 from torch import Tensor
 
-from splitdecode.config import EngineConfig
 from splitdecode.models import geometry
 from splitdecode.models.config import ModelConfig
 from splitdecode.models.step import StepInputs, StepModel, StepShape
@@ -64,6 +63,10 @@ class Costs:
 # A graph node on an H100: 1.3 us (Hazy Research, "No bubbles", 2025). The rest are estimates.
 PLAIN = Costs(gap=1.3, ramp=1.0, attention=3.0, share=0.92, catch_up_share=0.80)
 DEPENDENT = Costs(gap=0.5, ramp=0.3, attention=2.5, share=0.92, catch_up_share=0.80)
+
+
+MODES = (("graph", PLAIN), ("graph + PDL", DEPENDENT))
+WITHOUT_PDL = ("a100-80", "l40s", "rtx4090")  # programmatic dependent launch came with sm_90
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +144,10 @@ def measured_gpu(gpu: Gpu, costs: Costs, file: Path) -> tuple[Gpu, Costs]:
     """Bandwidth and gap as gpu_first.py found them on that device; what it did not measure stays."""
     found = {row["name"]: row["value"] for row in json.loads(file.read_text("utf-8"))["figures"] if "value" in row}
     bandwidth = found.get("read 6 GiB")
-    gap = next((value for name, value in found.items() if name.startswith("node") and "PDL" not in name), None)
+    gap = found.get("node, 132 programs, PDL" if costs is DEPENDENT else "node, 132 programs")
     if bandwidth is not None:
-        gpu = Gpu(gpu.label, bandwidth * 1e12, gpu.flops, gpu.memory, f"measured: {file.name}")
-    return gpu, costs if gap is None else Costs(gap, costs.ramp, costs.attention, costs.share, costs.catch_up_share)
+        gpu = replace(gpu, bandwidth=bandwidth * 1e9, source=f"measured: {file.name}")
+    return gpu, costs if gap is None else replace(costs, gap=gap)
 
 
 def predict(
@@ -193,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     names = (args.small, args.large)
     steps = [record_step(geometry.preset(name), args.context) for name in names]
-    rows, document = [], {"benchmark": "predict", "predictions": [], "config": EngineConfig().page_size}
-    document = {"benchmark": "predict", "predictions": []}
+    rows: list[list[str]] = []
+    document: dict[str, Any] = {"benchmark": "predict", "predictions": []}
     for key in wanted:
-        for label, costs in (("graph", PLAIN), ("graph + programmatic launch", DEPENDENT)):
+        for label, costs in MODES[: 1 if key in WITHOUT_PDL else 2]:
             gpu = GPUS[key]
             if args.measured:
                 gpu, costs = measured_gpu(gpu, costs, args.measured)

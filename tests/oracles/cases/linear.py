@@ -64,8 +64,8 @@ def run_embed(d: int) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """GEMV: 128 registers leave 16 warps per SM, each with 6 or more loads of 512 bytes in flight; the whole grid of
-    the qkv of 1.5b is 8 warps per SM, so it may have more. skinny: three programs per SM."""
+    """GEMV: 128 registers leave 16 warps per SM, each with a first chunk of 6 to 12 loads of 512 bytes; the whole grid
+    of the qkv of 1.5b is 8 warps per SM, so it may have more. skinny: three programs per SM of an H200."""
     for name, (d, groups, heads, inner) in SIZES.items():
         yield Case(f"qkv {name}", partial(run_qkv, d, groups, heads), regs=160 if d == 1536 else 128, smem=1024)
         yield Case(f"o {name}", partial(run_linear, d, groups * heads * 128), regs=128, smem=1024)
