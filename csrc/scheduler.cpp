@@ -291,7 +291,11 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
         if (!sequence.resident || sequence.phase == Phase::FROZEN || lane.want == Want::IDLE) continue;
         if (lane.pages.empty() && lane.inflight == 0) adopt_prefix(sequence, lane_id);
         int32_t count = std::min(launchable(sequence, lane), out.max_tokens - counts.tokens);
-        if (lane.want == Want::READ) count = std::min(count, out.max_logits - counts.logits);
+        if (lane.want == Want::READ) {
+            count = std::min(count, out.max_logits - counts.logits);
+            // What penalties count differs from row to row, and a device keeps one count per sequence.
+            if (sequence.limits.exact) count = std::min(count, std::max(1, lane.read_from + 1 - lane.launched));
+        }
         if (count <= 0 || counts.logits >= out.max_logits) continue;
         const int32_t own_steps = steps > 1 ? decode_steps(sequence, lane_id, steps) : 1;
         const int32_t end = lane.launched + count + own_steps - 1;

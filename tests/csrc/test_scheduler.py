@@ -80,6 +80,18 @@ def test_a_reading_row_draws_behind_every_position() -> None:
     assert world.scheduler.stats(seq, 0)["read_tokens"] == 3
 
 
+def test_a_penalised_row_reads_one_position_at_a_time() -> None:
+    world, seq = writing(Shape(), words("a", "b"), exact=True)
+    world.retarget(seq, 0, 2, words("a", "b", "a"))
+    world.read(seq, 0, 3)
+    step = world.plan(0)
+    assert step is not None
+    assert (len(step.rows[0].tokens), len(step.logits)) == (4, 1)
+    assert world.land(0) == []
+    assert world.rows(0) == [(seq, 4, 1)]
+    assert [e.kind for e in world.land(0)] == [EventKind.READ]
+
+
 def test_a_confirming_row_is_keyed_by_candidate_and_step() -> None:
     world, seq = writing(Shape(), words("a", "b"))
     world.retarget(seq, 0, 2, words("a", "b"))

@@ -97,6 +97,6 @@ def test_log_probs_and_alternatives_are_the_hosts(worlds: dict[str, World], monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "added", "unequal"])
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_streams_equal_the_oracle_at_length(worlds: dict[str, World], name: str, part: int) -> None:
     assert sum(run(worlds[name], 2000 + 30 * part + i) for i in range(30)) > 30
