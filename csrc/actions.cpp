@@ -36,7 +36,8 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
                 if (!row.steps) lane.cached = row.start + row.count;
-                if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events))
+                // A step without draws tells nothing of its numbers: its pages wait for the first draw behind them.
+                if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events) && row.logits > 0)
                     publish(lane, lane_id);
                 if (sequence->phase == Phase::FROZEN) cancel_all(*sequence); // nothing lands before the answer
             } else {
@@ -63,7 +64,7 @@ void Scheduler::discard_flight(int32_t lane_id) {
     land_limbo(lane_id);
 }
 
-// False: NaN logits. What such a step wrote is never published.
+// False: NaN logits. What such a step wrote is never published, nor what steps without draws wrote before it.
 bool Scheduler::commit_row(const Row& row, Sequence& sequence, int32_t lane_id, const int32_t* ids,
                            const float* logprobs, std::vector<Event>& events) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from oracles.lanes import Shape, World, word, words
 
@@ -110,3 +111,18 @@ def test_a_rewritten_duplicate_gets_a_name_of_its_own() -> None:
     world.step(0)
     world.check()
     assert world.scheduler.stats(fourth, 0)["cached_tokens"] == 6
+
+
+def test_pages_written_before_a_broken_draw_are_never_adopted() -> None:
+    """A prompt in chunks: only the last one draws, and only a draw tells whether the numbers are sound."""
+    world = World(Shape(tokens=4))
+    broken = writer(world, LONG)
+    for _ in range(2):
+        assert world.step(0) == []
+    world.plan(0)
+    world.flights[0].clear()
+    world.scheduler.commit(0, np.array([-1], np.int32), np.zeros(1, np.float32), 1.0)
+    world.finish(broken)
+    assert world.rows(0) == []
+    other = writer(world, LONG)
+    assert world.rows(0) == [(other, 0, 4)]

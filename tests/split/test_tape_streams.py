@@ -6,7 +6,10 @@ device: whatever of it went wrong would change a token.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from oracles.tapes import tape_runner
 from oracles.worlds import World, compare, expected, make_decoder, make_worlds, run_schedule
 
@@ -14,7 +17,7 @@ from splitdecode import ControlTags, SamplingParams
 from splitdecode.models.step import StepShape
 from splitdecode.runtime.batch import Batch
 from splitdecode.runtime.device import DeviceRunner
-from splitdecode.split.roles import Pair
+from splitdecode.split.roles import Pair, Role
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +103,20 @@ def test_log_probs_and_alternatives_are_the_hosts(worlds: dict[str, World], monk
 @pytest.mark.parametrize("part", range(2))
 def test_streams_equal_the_oracle_at_length(worlds: dict[str, World], name: str, part: int) -> None:
     assert sum(run(worlds[name], 2000 + 30 * part + i) for i in range(30)) > 30
+
+
+def test_a_row_that_is_not_a_number_ends_its_request_and_no_other(tmp_path: Path) -> None:
+    """Whatever follows token 3 is NaN: flagged by the sampler, never written, never cached; the other goes on."""
+    world = make_worlds(tmp_path)["plain"]
+    for table in world.models:
+        table.table = table.table.clone()
+    world.models[Role.SMALL].table[3] = torch.nan
+    engine = {"max_model_len": 64, "page_size": 4, "steps_per_graph": 4, "depth": 2}
+    decoder = make_decoder(world, engine)
+    params = SamplingParams(temperature=0.0, max_tokens=10, logit_bias={3: -100.0})
+    bad, good = decoder.generate([{"prompt_token_ids": ids} for ids in ([1, 2, 4, 5, 3], [1, 2, 4, 5, 1])], params)
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].token_ids == []
+    assert good.outputs[0].finish_reason in ("stop", "length")
+    assert good.outputs[0].token_ids
+    assert [runner.cache.pool.in_use for runner in decoder.engine.runners] == [0, 0]

@@ -11,6 +11,7 @@ sent. Nothing here waits for the device but land().
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from splitdecode.config import EngineConfig
+from splitdecode.errors import RequestError
 from splitdecode.models import Transformer
 from splitdecode.models.step import SKINNY, StepInputs, StepModel, StepShape
 from splitdecode.ops import StepOps, step_ops
@@ -82,6 +84,9 @@ class DeviceRunner:
         self.device = model.device
         self.ops = ops or step_ops(self.device, pdl=config.programmatic_launch)
         pinned = self.device.type == "cuda"
+        if config.programmatic_launch and pinned and torch.cuda.get_device_capability(self.device) < (9, 0):
+            raise RequestError("programmatic_launch: found True, expected False on a GPU older than sm_90")
+        self._current = torch.cuda.device(self.device) if pinned else nullcontext()  # where Triton launches
         slots, page = config.max_num_seqs, config.page_size
         self._rings, self._turn = (config.depth or 1) + 1, 0
         self.table = torch.zeros(slots, -(-max_len // page), dtype=torch.int32, device=self.device)
@@ -154,6 +159,10 @@ class DeviceRunner:
 
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> DeviceFlight:
         """Sends a step on its way. Tokens below zero stand for the id last sampled for sequence -1 - token."""
+        with self._current:
+            return self._launch(batch, counts)
+
+    def _launch(self, batch: Batch, counts: Sequence[Counts]) -> DeviceFlight:
         start = perf_counter()
         shape = self._shape(batch)
         place, self._turn = self._turn, (self._turn + 1) % self._rings
