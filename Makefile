@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
@@ -15,10 +16,10 @@ demo: $(STAMP)  ## set up, then solve a handful of problems with the embedded pa
 	@$(BIN)/splitdecode demo
 
 test: $(STAMP)  ## set up, then run the tests (under five minutes on two cores)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## the long proofs
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
 
 lint: $(STAMP)  ## ruff, mypy --strict on src, clang-format
 	$(BIN)/ruff check .
