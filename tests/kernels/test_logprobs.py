@@ -17,6 +17,7 @@ def test_chosen_ids(device: torch.device, vocab: int, dtype: torch.dtype) -> Non
     torch.manual_seed(vocab)
     logits = torch.full((6, vocab + 3), torch.nan, dtype=dtype)  # ids from V on are never read
     logits[:, :vocab] = torch.randn(6, vocab) * 4
+    logits[1, vocab - 1] = 30.0  # the maximum comes last
     logits[2, 1 : vocab // 2] = -torch.inf
     logits[4, 0] = torch.nan
     state = SamplingState.new(3, vocab, device)

@@ -23,7 +23,9 @@ def arguments(groups: int, heads: int, dim: int, page: int, norm: bool, dtype: t
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
     pages = 40 // page + 2
-    angle = torch.arange(41)[:, None] * 10000.0 ** (torch.arange(dim // 2, dtype=torch.float64) / -(dim // 2))
+    angle = torch.arange(max(41, page + 1))[:, None] * 10000.0 ** (
+        torch.arange(dim // 2, dtype=torch.float64) / -(dim // 2)
+    )
     return [
         normal(6, (groups + 2) * heads * dim),
         normal(dim) if norm else None,

@@ -149,8 +149,9 @@ def random_state(rng: np.random.Generator, slots: int, vocab: int, device: torch
     return SamplingState(**{name: getattr(state, name).to(device) for name in SamplingState.__slots__})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [37, 1024, 2501])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(37, torch.float16), (1024, torch.bfloat16), (2501, torch.float32), (2501, torch.bfloat16)]
+)
 def test_the_kernel_equals_its_reference(device: torch.device, vocab: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(vocab)
     slots = 24
@@ -167,22 +168,22 @@ def test_the_kernel_equals_its_reference(device: torch.device, vocab: int, dtype
     sound = ids >= 0
     torch.testing.assert_close(made.scaled[sound], wanted.scaled[sound], rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(made.peaks[sound], wanted.peaks[sound], rtol=1e-6, atol=1e-6, equal_nan=True)
-    live = draws[:, 0] >= 0
-    assert counters.tolist() == [*torch.where(live, made.best.shape[1], 0).tolist(), 0]
-    assert made.best[~live].isnan().all()
+    assert counters.tolist() == [0] * (slots + 1)
+    assert made.best[draws[:, 0] < 0].isnan().all()
     assert {bits.BROKEN, bits.NOTHING} < set(ids.tolist())
 
 
 def test_equals_go_to_the_lowest_id_of_all_blocks(device: torch.device) -> None:
-    """Greedy rows: the maximum stands in several blocks, and twice in one."""
+    """Greedy rows: the maximum stands in several blocks, and twice in one; it is barely the maximum."""
     vocab = 4000
     state = SamplingState.new(1, vocab, device)
-    logits = torch.zeros(2, vocab, device=device)
+    logits = torch.zeros(3, vocab, device=device)
     logits[0, [3999, 2100, 2050]] = 1.0
-    draws = torch.tensor([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
-    ids, counters = torch.full((2,), -77, dtype=torch.int32, device=device), torch.zeros_like(draws[:, 0])
-    sample(logits, draws, state, poisoned(2, vocab, device), counters, ids)
-    assert ids.tolist() == [2050, 0]
+    logits[1, [7, 9, 1030]] = torch.tensor([1.0, 1.0 + 2**-23, 1.0], device=device)
+    draws = torch.tensor([[row, 0, 0, 0, 0, 0] for row in range(3)], dtype=torch.int32, device=device)
+    ids, counters = torch.full((3,), -77, dtype=torch.int32, device=device), torch.zeros_like(draws[:, 0])
+    sample(logits, draws, state, poisoned(3, vocab, device), counters, ids)
+    assert ids.tolist() == [2050, 9, 0]
 
 
 def test_what_overflows_is_broken(device: torch.device) -> None:

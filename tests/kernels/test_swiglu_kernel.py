@@ -17,9 +17,7 @@ def test_the_reference_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 1024), (2, 1041), (5, 7)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_the_kernel_is_the_reference(
     device: torch.device, shape: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -1,22 +1,25 @@
-"""Attention and what surrounds it: launches at the shapes of the 1.5B and the 32B to compile, and paged steps to run."""
+"""Attention and what surrounds it: launches at the shapes of the 1.5B and the 32B to compile; paged steps to run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from oracles.compiled import Case
 from torch import Tensor
 from triton.runtime import driver
 
-from oracles.compiled import Case
 from splitdecode.kernels.attend import AttendScratch, attend, splits_for
 from splitdecode.kernels.extend import extend
+from splitdecode.kernels.rope_write import rope_write
+from splitdecode.kernels.swiglu import swiglu
 
 PAGES, PAGE, WIDTH, SLOTS, DIM = 4096, 64, 512, 8, 128
-SHAPES = {"1.5B": (6, 2), "32B": (5, 8)}
+SHAPES = {"1.5B": (6, 2, 8960), "32B": (5, 8, 27648)}  # G, Hkv, I
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -48,12 +51,23 @@ def extends(groups: int, heads: int) -> None:
     extend(*args, queries=queries, pdl=dependent())
 
 
+def rotates(groups: int, heads: int, norm: bool) -> None:
+    gain = meta(DIM) if norm else None
+    cache, table = meta(PAGES + 1, PAGE, 2, heads, DIM), ints(SLOTS, WIDTH)
+    cis, qkv = meta(32768, DIM // 2, 2, dtype=torch.float32), meta(8, (groups + 2) * heads * DIM)
+    places = (ints(8), ints(8), table, cache, meta(8, groups, heads, DIM))
+    rope_write(qkv, gain, gain, 1e-6, cis, *places, pdl=dependent())
+
+
 def cases() -> Iterator[Case]:
-    """Bounds: three decode programs to a multiprocessor, two that verify, one that extends (sm_80 has less memory)."""
-    for name, (g, h) in SHAPES.items():
-        yield Case(f"attend {name}", lambda g=g, h=h: attends(g, h, 1), regs=168, smem=75 << 10, mma=True)
-        yield Case(f"attend {name} x 8", lambda g=g, h=h: attends(g, h, 8), regs=255, smem=112 << 10, mma=True)
-        yield Case(f"extend {name}", lambda g=g, h=h: extends(g, h), regs=255, smem=162 << 10, mma=True)
+    """Three decode programs fit one multiprocessor of sm_90, two that verify, one that extends."""
+    for name, (groups, heads, inner) in SHAPES.items():
+        one, many = partial(attends, groups, heads, 1), partial(attends, groups, heads, 8)
+        yield Case(f"attend {name}", one, regs=168, smem=75 << 10, mma=True)
+        yield Case(f"attend {name}, 8 tokens", many, regs=255, smem=113 << 10, mma=True)
+        yield Case(f"extend {name}", partial(extends, groups, heads), regs=255, smem=130 << 10, mma=True)
+        yield Case(f"rope_write {name}", partial(rotates, groups, heads, name == "32B"), regs=64, smem=2 << 10)
+        yield Case(f"swiglu {name}", partial(swiglu, meta(8, 2 * inner), meta(8, inner)), regs=64, smem=0)
 
 
 @dataclass(frozen=True)
