@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracles.tapes import by_rows
 from oracles.tiny import random_hf
 from torch import Tensor
 
 from splitdecode.models import Transformer, load_model
 from splitdecode.models.step import StepInputs, StepModel, StepShape
-from splitdecode.models.weights import LayerWeights, ModelWeights
 from splitdecode.ops import PagedBatch, StepOps, step_ops
 
 PAGE = 4
@@ -25,21 +25,6 @@ PAGE = 4
 def launchers(device: torch.device) -> StepOps:
     """Triton's half, also where the device is the interpreter's."""
     return step_ops(device, launchers=True)
-
-
-def by_rows(model: Transformer) -> Transformer:
-    """The same model with its matrices stored [out, in], as a GPU has them."""
-
-    def turned(matrix: Tensor) -> Tensor:
-        return matrix.t().contiguous().t()
-
-    layers = []
-    for w in model.weights.layers:
-        fields = {name: getattr(w, name) for name in LayerWeights.__slots__}
-        layers.append(LayerWeights(**fields | {name: turned(fields[name]) for name in ("qkv", "o", "gate_up", "down")}))
-    head = turned(model.weights.head)
-    embed = model.weights.embed.contiguous()
-    return Transformer(model.config, ModelWeights(embed, tuple(layers), model.weights.norm, head))
 
 
 def batch_of(tokens: list[int], start: int, pages: list[int]) -> PagedBatch:

@@ -61,7 +61,7 @@ class Program:
     def prepare(self, ops: StepOps, shape: StepShape) -> None:
         """Takes the memory steps of this shape need beyond what is there."""
         self.model.prepare(ops, shape)
-        size = self.model.counter_count(shape) + shape.draws
+        size = self._counter_count(shape)
         if size not in self._counters:
             self._counters[size] = torch.zeros(size, dtype=torch.int32, device=self.model.device)
         if self._head_scratch is None:
@@ -72,12 +72,16 @@ class Program:
     def run(self, ops: StepOps, shape: StepShape) -> None:
         """All steps of the shape; prepare() came before."""
         inputs = self.inputs(shape)
-        counters = self._counters[self.model.counter_count(shape) + shape.draws]
+        counters = self._counters[self._counter_count(shape)]
         for step in range(shape.steps):
             x = self.model.run(ops, shape, inputs, counters)
             if shape.draws:
                 self._draw(ops, shape, inputs, x, counters[self.model.counter_count(shape) :])
                 self._advance(ops, shape, inputs, step)
+
+    def _counter_count(self, shape: StepShape) -> int:
+        """Of the layers, of the head, of `sample` by row."""
+        return self.model.counter_count(shape) + 1 + shape.draws
 
     def logits_of(self, shape: StepShape) -> Tensor:
         """Where the logits [N, V] of such a step lie: wide; in the model's dtype when a library's product made them."""
@@ -90,7 +94,7 @@ class Program:
         alone = count == 1 and self.adjust is None
         if alone:
             assert self._head_scratch is not None
-            ops.head(x, w.norm, eps, w.head.t(), draws, state, logits, *self._head_scratch, counters, ids)
+            ops.head(x, w.norm, eps, w.head.t(), draws, state, logits, *self._head_scratch, counters[:1], ids)
         else:
             hidden = self.hidden[:count]
             ops.rmsnorm(x, w.norm, eps, hidden, rows=draws[:, 0])
@@ -98,7 +102,7 @@ class Program:
             if self.adjust is not None:
                 ops.call(self.adjust, logits, inputs.tokens, draws)
         if shape.full or not alone:
-            ops.sample(logits, draws, state, self._sample_scratch, counters, ids)
+            ops.sample(logits, draws, state, self._sample_scratch, counters[1:], ids)
         if shape.full:
             ops.nucleus(draws, state, self._sample_scratch, ids)
             ops.logprobs(logits, draws, state, ids, self.chosen[:count])
