@@ -2,8 +2,8 @@
 
     logits[v] = sum over k of w[v, k] * norm[k] * x[k]  /  sqrt(mean(x^2) + eps)
 
-A program owns ROWS ids. Its warps stand side by side along K: one load of a warp is 512 neighbouring bytes of one row of
-w, 16 per lane, and every x it loads meets ROWS weights. The mean of x^2 is a by-product: the norm costs no pass.
+A program owns ROWS ids. Its warps stand side by side along K: one load of a warp is 512 neighbouring bytes of one row
+of w, 16 per lane, and every x it loads meets ROWS weights. The mean of x^2 is a by-product: the norm costs no pass.
 
 A row is plain when its slot is neither cut nor edited nor wants log-probs, and neither attempt nor SUPPRESS_END
 excludes more than the banned ids. Then the programs perturb what they have and elect the id as `sample` does, which
@@ -57,7 +57,7 @@ from splitdecode.kernels.sample import (
 from splitdecode.kernels.shims import release, wait
 from splitdecode.kernels.state import SamplingState
 
-_LEAD = 8 << 20  # bytes of weights requested into the L2 while the kernel before ends
+_LEAD = 8 << 20  # bytes of weights requested into the L2 while the kernel before ends, under dependent launch
 _LINE = 128  # bytes of a line of the L2
 _STEP = 1024  # leaders compared at a time
 
@@ -89,7 +89,7 @@ def head_programs(w: Tensor) -> int:
 
 @triton.jit
 def products(x, norm, w, own, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """w (norm * x) for the rows of w at `own` [ROWS, 1], and the sum of x squared. A lane sums its columns as it goes."""
+    """w (norm * x) for the rows of w at `own` [ROWS, 1], and the sum of x^2. A lane sums its columns as it goes."""
     cols = tl.arange(0, COLS)[None, :]
     total = tl.zeros([ROWS, COLS // 8], tl.float32)
     square = tl.zeros([1, COLS], tl.float32)
@@ -114,9 +114,8 @@ def _head_kernel(
     first = block * ROWS
     v = first + tl.arange(0, ROWS)
     own = (v if VW % ROWS == 0 else tl.minimum(v, VW - 1)).to(tl.int64)[:, None] * K
-    if PDL:  # weights do not depend on the kernel before
-        if block < LEAD:
-            shims.prefetch(w + own + tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :])
+    if block < LEAD:  # weights do not depend on the kernel before
+        shims.prefetch(w + own + tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :])
     wait(PDL)
     token, slot, position, stream, attempt, flags = draw(draws, 0)
     if token < 0:
@@ -197,11 +196,12 @@ def head(
     if min(best.numel(), best_id.numel()) < blocks:
         raise ValueError(f"head: best: found {best.numel()}, expected at least {blocks}")
     line = _LINE // w.element_size()
+    lead = _LEAD // (how.rows * hidden * w.element_size()) if shims.wants_pdl(pdl) else 0
     _head_kernel[(blocks,)](
         x, norm, w, draws, state.kind, state.key, state.temperature, state.marks, state.forbid, logits, best, best_id,
         counters, ids, eps,
-        VW=rows, V=state.vocab, K=hidden, ROWS=how.rows, COLS=how.cols,
-        LEAD=_LEAD // (how.rows * hidden * w.element_size()), LINES=triton.next_power_of_2(-(-hidden // line)),
-        LINE=line, BLOCKS=blocks, STEP=triton.next_power_of_2(min(blocks, _STEP)), PDL=shims.wants_pdl(pdl),
-        num_warps=how.warps, **shims.launch_options(pdl),
+        VW=rows, V=state.vocab, K=hidden, ROWS=how.rows, COLS=how.cols, LEAD=lead,
+        LINES=triton.next_power_of_2(-(-hidden // line)), LINE=line, BLOCKS=blocks,
+        STEP=triton.next_power_of_2(min(blocks, _STEP)), PDL=shims.wants_pdl(pdl), num_warps=how.warps,
+        **shims.launch_options(pdl),
     )  # fmt: skip

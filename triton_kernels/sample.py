@@ -6,22 +6,22 @@
       -> + gumbel, argmax, the lowest id among equals                      ids
 
 A program takes one block of one row; the last of a row to arrive compares the leaders of all blocks. Rows that are cut
-(top_k, top_p, min_p) are drawn from all ids all the same: `nucleus` keeps that id if the cut does, and otherwise goes on
-from `scaled` and its maxima by block.
+(top_k, top_p, min_p) are drawn from all ids all the same: `nucleus` keeps that id if the cut does, and otherwise goes
+on from `scaled` and its maxima by block.
 
-| argument        | shape         | dtype            | unit                                                             |
-|-----------------|---------------|------------------|------------------------------------------------------------------|
-| logits          | [>= N, >= V]  | fp32, bf16, fp16 | raw; rows may be strided; ids from V on are never read           |
-| draws           | [N, 6]        | int32            | see state.py                                                     |
-| state           | SamplingState |                  |                                                                  |
-| scratch.scaled  | [>= N, V]     | fp32             | written for rows with CUT; -inf: excluded                        |
-| scratch.peaks   | [>= N, B]     | fp32             | written for rows with CUT: maxima of scaled by block             |
-| scratch.best    | [>= N, B]     | fp32             | the largest perturbed value by block                             |
-| scratch.best_id | [>= N, B]     | int32            | the lowest id that has it                                        |
-| counters        | [>= N]        | int32            | zero before the call and after it                                |
-| ids             | [N]           | int32            | written. BROKEN: NaN or +inf among the raw logits, those of      |
-|                 |               |                  | excluded ids too; or, after temperature, +inf or nothing above   |
-|                 |               |                  | -inf. NOTHING: padding                                           |
+| argument        | shape         | dtype            | unit                                                            |
+|-----------------|---------------|------------------|-----------------------------------------------------------------|
+| logits          | [>= N, >= V]  | fp32, bf16, fp16 | raw; rows may be strided; ids from V on are never read          |
+| draws           | [N, 6]        | int32            | see state.py                                                    |
+| state           | SamplingState |                  |                                                                 |
+| scratch.scaled  | [>= N, V]     | fp32             | written for rows with CUT; -inf: excluded                       |
+| scratch.peaks   | [>= N, B]     | fp32             | written for rows with CUT: maxima of scaled by block            |
+| scratch.best    | [>= N, B]     | fp32             | the largest perturbed value by block                            |
+| scratch.best_id | [>= N, B]     | int32            | the lowest id that has it                                       |
+| counters        | [>= N]        | int32            | zero before the call and after it                               |
+| ids             | [N]           | int32            | written. BROKEN: NaN or +inf among the raw logits, those of     |
+|                 |               |                  | excluded ids too; or, after temperature, +inf or nothing above  |
+|                 |               |                  | -inf. NOTHING: padding                                          |
 
 B = ceil(V / 1024). The reference takes float64 too (state and scratch hold it then) and leaves best, best_id and
 counters alone. Scratch of BROKEN rows means nothing.

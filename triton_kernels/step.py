@@ -14,20 +14,20 @@
 
 `advance`; with `more`, another step of the same graph follows: T = C = N, and token, tile and draw i are one row:
 
-| argument     | shape        | dtype         | unit                                                                    |
-|--------------|--------------|---------------|-------------------------------------------------------------------------|
-| tokens       | [T]          | int32         | with `more` written: the id                                             |
-| positions    | [T]          | int32         | with `more` written: one more; -1 where a row stops                     |
-| left         | [T]          | int32         | steps a row still takes, this one included; with `more` one less        |
-| tiles        | [C, 2]       | int32         | with `more` written: count 0 where a row stops                          |
-| draws        | [N, 6]       | int32         | with `more` written: position one more; token -1 where a row stops      |
-| ids          | [N]          | int32         | below zero: none                                                        |
-| logprobs     | [N]          | fp32, or None | of ids                                                                  |
-| last         | [S]          | int32         | written for rows with FEEDS_DEVICE that have an id                      |
-| ends         | [S, E]       | int32         | ids at which a slot stops; -1: none                                     |
-| outbox       | [F, K, >= N] | int32         | [place, step] written: ids, NOTHING for padding; may be pinned          |
-| out_logprobs | as outbox    | fp32, or None | [place, step] written: logprobs, NaN for padding                        |
-| place        | [1]          | int32         | 0 .. F - 1                                                              |
+| argument     | shape        | dtype         | unit                                                                   |
+|--------------|--------------|---------------|------------------------------------------------------------------------|
+| tokens       | [T]          | int32         | with `more` written: the id                                            |
+| positions    | [T]          | int32         | with `more` written: one more; -1 where a row stops                    |
+| left         | [T]          | int32         | steps a row still takes, this one included; with `more` one less       |
+| tiles        | [C, 2]       | int32         | with `more` written: count 0 where a row stops                         |
+| draws        | [N, 6]       | int32         | with `more` written: position one more; token -1 where a row stops     |
+| ids          | [N]          | int32         | below zero: none                                                       |
+| logprobs     | [N]          | fp32, or None | of ids                                                                 |
+| last         | [S]          | int32         | written for rows with FEEDS_DEVICE that have an id                     |
+| ends         | [S, E]       | int32         | ids at which a slot stops; -1: none                                    |
+| outbox       | [F, K, >= N] | int32         | [place, step] written: ids, NOTHING for padding; may be pinned         |
+| out_logprobs | as outbox    | fp32, or None | [place, step] written: logprobs, NaN for padding                       |
+| place        | [1]          | int32         | 0 .. F - 1                                                             |
 
 A row goes on while it has steps left, has an id, and that id does not end its slot. Otherwise it is padding from here.
 """

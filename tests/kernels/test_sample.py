@@ -149,9 +149,7 @@ def random_state(rng: np.random.Generator, slots: int, vocab: int, device: torch
     return SamplingState(**{name: getattr(state, name).to(device) for name in SamplingState.__slots__})
 
 
-@pytest.mark.parametrize(
-    ("vocab", "dtype"), [(37, torch.float16), (1024, torch.bfloat16), (2501, torch.float32), (2501, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("vocab", "dtype"), [(37, torch.float16), (1024, torch.bfloat16), (2501, torch.float32)])
 def test_the_kernel_equals_its_reference(device: torch.device, vocab: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(vocab)
     slots = 24
