@@ -73,8 +73,11 @@ def prefetch(pointers):
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
-    """Keyword arguments of a launch: programmatic dependent launch, when asked for and compiled."""
-    return {"launch_pdl": True} if pdl and not INTERPRET.value else {}
+    """Keyword arguments of a launch, when compiled: multiplies and adds are fused (the default changes in Triton 3.10),
+    and programmatic dependent launch, when asked for."""
+    if INTERPRET.value:
+        return {}
+    return {"enable_fp_fusion": True, "launch_pdl": pdl}
 
 
 def wants_pdl(pdl: bool) -> bool:

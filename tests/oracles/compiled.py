@@ -73,6 +73,13 @@ class Made:
         return out
 
 
+def dependent() -> bool:
+    """Whether the device compiled for has programmatic dependent launch."""
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch) >= 90
+
+
 def compile_case(case: Case, arch: int) -> list[Made]:
     """Compiles what the thunk launches for sm_<arch>."""
     import triton

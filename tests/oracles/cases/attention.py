@@ -9,9 +9,8 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from oracles.compiled import Case
+from oracles.compiled import Case, dependent
 from torch import Tensor
-from triton.runtime import driver
 
 from splitdecode.kernels.attend import AttendScratch, attend, splits_for
 from splitdecode.kernels.extend import extend
@@ -28,11 +27,6 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def ints(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int32)
-
-
-def dependent() -> bool:
-    """Whether the device compiled for has programmatic dependent launch."""
-    return int(driver.active.get_current_target().arch) >= 90
 
 
 def attends(groups: int, heads: int, queries: int) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from oracles.compiled import Case
+from oracles.compiled import Case, dependent
 from torch import Tensor
-from triton.runtime import driver
 
 from splitdecode.kernels.embed import embed
 from splitdecode.kernels.gate_up import gate_up
@@ -27,11 +26,6 @@ def real(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def ints(*shape: int) -> Tensor:
     return real(*shape, dtype=torch.int32)
-
-
-def dependent() -> bool:
-    """Programmatic dependent launch came with sm_90."""
-    return bool(driver.active.get_current_target().arch >= 90)
 
 
 def run_linear(n: int, k: int) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from oracles.cases.linear import dependent
-from oracles.compiled import Case
+from oracles.compiled import Case, dependent
 from torch import Tensor
 
 from splitdecode.kernels.head import head, head_programs
