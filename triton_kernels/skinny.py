@@ -7,7 +7,7 @@
 | a        | [M, K] | fp32, bf16, fp16 | M at most 64                                        |
 | w        | [N, K] | as a             | contiguous: a row is one output's; streamed once    |
 | bias     | [N]    | as a, or absent  |                                                     |
-| out      | [M, N] | as a             | written; with add it is the residual and added to   |
+| out      | [M, N] | as a, or fp32    | written; with add it is the residual and added to   |
 
 A program owns BN rows of w, the left operand; the tokens, padded to 16, 32 or 64, are the right one. Of each tile every
 warp multiplies its own part of the columns, a batch of PARTS products, so that a narrow matrix keeps all warps busy:

@@ -65,3 +65,11 @@ def test_shapes_are_checked(device: torch.device) -> None:
         skinny(a, w, None, out)
     with pytest.raises(ValueError, match=r"skinny: w: expected contiguous rows \[4, 4\], found strides"):
         skinny(a[:2, :4], w[:, :4].T, None, out[:2])
+
+
+def test_logits_keep_fp32(device: torch.device) -> None:
+    """Half-precision operands into an fp32 output: rounded once, to fp32."""
+    a, w, _, _ = sample(device, torch.bfloat16, 3, 50, 72)
+    out = torch.full((3, 50), torch.nan, device=device)
+    skinny(a, w, None, out)
+    torch.testing.assert_close(out.double(), a.double() @ w.double().T, rtol=1e-6, atol=2e-6)
