@@ -11,7 +11,7 @@ sent. Nothing here waits for the device but land().
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -60,7 +60,14 @@ class DeviceFlight:
         return self.runner.land(self)
 
     def dropped(self) -> tuple[Ints, Array]:
-        """As many ids and log-probs as it has, without waiting for any: the step failed."""
+        """As many ids and log-probs as it has, none of them read: a step failed, and so may this one have.
+
+        Waits until the device is through with it, since its pages are about to be lent to others.
+        """
+        if self.done is not None:
+            with suppress(RuntimeError):  # a device that is lost writes no more
+                self.done.synchronize()
+        self.runner.forget()
         return np.full(self.count, -1, dtype=np.int32), np.full(self.count, np.nan, dtype=np.float32)
 
 
@@ -108,6 +115,10 @@ class DeviceRunner:
         self._pool = GraphPool(self.device)
         self._landed = 0.0
         self._views: dict[tuple[int, StepShape], dict[str, Array]] = {}
+
+    def forget(self) -> None:
+        """A step failed: what the device's block table holds is no longer known, so all of it is sent again."""
+        self._known.fill(-1)
 
     # ---- shapes
 
@@ -172,7 +183,9 @@ class DeviceRunner:
         used = 4 + sum(StepInputs.sizes(shape))
         self._outbox[place].fill_(UNHEARD)
         self.program.inbox[:used].copy_(words[:used], non_blocking=True)
-        self._send(place, 0, self._table_edits(batch), self.ops.patch, self.table)
+        pages = self._table_edits(batch)
+        self._send(place, 0, pages, self.ops.patch, self.table)
+        self._known[pages[:, 0], pages[:, 1]] = pages[:, 2]
         if counts:
             edits = self.sampler.count_edits(batch.draws, counts)
             self._send(place, 1, edits, self.ops.count_patch, self.sampler.state.counts)
@@ -242,7 +255,6 @@ class DeviceRunner:
             index = np.arange(len(pages)) - np.repeat(indptr[:-1], lengths)
             new = self._known[slots, index] != pages
             slots, index, changed = slots[new], index[new], pages[new]
-        self._known[slots, index] = changed
         return np.stack((slots, index.astype(np.int32), changed), axis=1)
 
     def _send(self, place: int, kind: int, edits: Ints, op: Any, target: Tensor) -> None:
