@@ -12,6 +12,7 @@ for what is fused.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import DEVICE, Replay, check
+from gpu_timing import DEVICE, Replay, check, half
 from harness import read_bandwidth
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from splitdecode import ops
 from splitdecode.models import geometry
@@ -32,28 +34,32 @@ ROTATION = 512e6
 PAGE = 64
 MODELS = ("1.5b", "32b")
 CONTEXTS = (1024, 4096, 16384)
+ROWS = (5, 64)  # of a skinny product: a verified draft, a batch
+CATCH_UP = 512
 EPS = 1e-6
+# An output is rounded to bf16 once (2^-9 of itself); sums in another order and the rounded weights of attention add
+# errors that go with the largest output, not with each.
+OF_ITSELF, OF_LARGEST = 0.01, 0.005
 Calls = Callable[[int], Any]  # on copy number i
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """`call(i)` runs the kernel on copy i and writes out[i]; wanted(i) is the truth in float32; peers likewise."""
+    """`call(i)` runs the kernel on copy i and writes out[i]; wanted(i) is the truth in float32; peers likewise.
+
+    residual: `out` is added to, so it is not poisoned.  flops: of one call, where arithmetic bounds it.
+    """
 
     kernel: str
     model: str
     shape: str
     bytes: int
-    copies: int
     call: Calls
     out: list[Tensor]
     wanted: Calls
-    tolerance: float
     peers: Mapping[str, Calls] = field(default_factory=dict)
-
-
-def half(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE) * scale
+    residual: bool = False
+    flops: float = 0.0
 
 
 def copies_of(size: int) -> int:
@@ -73,62 +79,49 @@ class Shapes:
         self.config: ModelConfig = geometry.preset(name)
         c = self.config
         self.groups = c.num_heads // c.num_kv_heads
-        self.cis = torch.view_as_real(rope_table(c.rope, c.head_dim, max(CONTEXTS) + 1, torch.complex64))
-        self.cis = self.cis.contiguous().to(DEVICE)
-
-    def contest(self, kernel: str, shape: str, size: int, copies: int, **rest: Any) -> Contest:
-        return Contest(kernel, self.name, shape, size, copies, **rest)
+        self.cis = torch.view_as_real(rope_table(c.rope, c.head_dim, PAGE + 2, torch.complex64)).contiguous().to(DEVICE)
 
     def weights(self, n: int, k: int) -> list[Tensor]:
-        return list((half(copies_of(2 * n * k), n, k) / math.sqrt(k)).unbind())
+        return list(half(copies_of(2 * n * k), n, k).div_(math.sqrt(k)).unbind())
 
     def linear(self, name: str, n: int, k: int) -> Contest:
         """o and down: x += a w^T."""
-        w, a = self.weights(n, k), half(1, k)
-        start = half(1, n)
+        w, a, start = self.weights(n, k), half(1, k), half(1, n)
         out = [start.clone() for _ in w]
-        peers = {"cuBLAS": lambda i: F.linear(a, w[i])}
-        return self.contest(
+        return Contest(
             f"linear ({name})",
+            self.name,
             f"{n} x {k}",
             2 * n * k,
-            len(w),
             call=lambda i: self.ops.linear(a, w[i], None, out[i]),
             out=out,
             wanted=lambda i: start.float() + a.float() @ w[i].float().t(),
-            tolerance=0.1,
-            peers=peers,
+            peers={"cuBLAS": lambda i: F.linear(a, w[i])},
+            residual=True,
         )
 
     def qkv(self) -> Contest:
         c = self.config
-        w, x, norm, bias = (
-            self.weights(c.qkv_size, c.hidden_size),
-            half(1, c.hidden_size),
-            half(c.hidden_size),
-            half(c.qkv_size),
-        )
-        cache = torch.zeros(3, PAGE, 2, c.num_kv_heads, c.head_dim, dtype=torch.bfloat16, device=DEVICE)
+        n, d = c.qkv_size, c.hidden_size
+        w, x, norm, bias = self.weights(n, d), half(1, d), half(d), half(n)
+        cache = half(3, PAGE, 2, c.num_kv_heads, c.head_dim)
         at, slots, table = int32(PAGE + 1), int32(0), int32(0, 1).view(1, 2)
         out = [half(1, self.groups, c.num_kv_heads, c.head_dim) for _ in w]
-        turn = self.cis[PAGE + 1]
+        turn = torch.view_as_complex(self.cis[PAGE + 1])
 
         def wanted(i: int) -> Tensor:
-            h = F.rms_norm(x.float(), (c.hidden_size,), norm.float(), EPS)
-            q = (h @ w[i].float().t() + bias.float())[:, : c.q_size].view(-1, c.head_dim // 2, 2)
-            return torch.view_as_real(torch.view_as_complex(q.contiguous()) * torch.view_as_complex(turn)).view_as(
-                out[i]
-            )
+            h = F.rms_norm(x.float(), (d,), norm.float(), EPS)
+            q = (h @ w[i].float().t() + bias.float())[:, : c.q_size].reshape(-1, c.head_dim // 2, 2)
+            return torch.view_as_real(torch.view_as_complex(q) * turn).view_as(out[i])
 
-        return self.contest(
+        return Contest(
             "qkv",
-            f"{c.qkv_size} x {c.hidden_size}",
-            2 * c.qkv_size * c.hidden_size,
-            len(w),
+            self.name,
+            f"{n} x {d}",
+            2 * n * d,
             call=lambda i: self.ops.qkv(x, norm, EPS, w[i], bias, self.cis, at, slots, table, cache, out[i]),
             out=out,
             wanted=wanted,
-            tolerance=0.1,
             peers={"cuBLAS, product only": lambda i: F.linear(x, w[i], bias)},
         )
 
@@ -138,202 +131,172 @@ class Shapes:
         w, x, norm = self.weights(2 * inner, d), half(1, d), half(d)
         out = [half(1, inner) for _ in w]
 
-        def wanted(i: int) -> Tensor:
-            gate, up = (F.rms_norm(x.float(), (d,), norm.float(), EPS) @ w[i].float().t()).chunk(2, -1)
+        def plain(x: Tensor, norm: Tensor, w: Tensor) -> Tensor:
+            gate, up = F.linear(F.rms_norm(x, (d,), norm, EPS), w).chunk(2, -1)
             return F.silu(gate) * up
 
-        def plain(i: int) -> Tensor:
-            gate, up = F.linear(F.rms_norm(x, (d,), norm, EPS), w[i]).chunk(2, -1)
-            return F.silu(gate) * up
-
-        return self.contest(
+        fused = compiled(plain)
+        return Contest(
             "gate_up",
+            self.name,
             f"{2 * inner} x {d}",
             4 * inner * d,
-            len(w),
             call=lambda i: self.ops.gate_up(x, norm, EPS, w[i], None, out[i]),
             out=out,
-            wanted=wanted,
-            tolerance=0.3,
-            peers={"torch": plain, "torch.compile": compiled(plain)},
+            wanted=lambda i: plain(x.float(), norm.float(), w[i].float()),
+            peers={"torch": lambda i: plain(x, norm, w[i]), "torch.compile": lambda i: fused(x, norm, w[i])},
         )
 
     def skinny(self, rows: int) -> Contest:
-        c = self.config
-        n, k = 2 * c.intermediate_size, c.hidden_size
+        n, k = 2 * self.config.intermediate_size, self.config.hidden_size
         w, a = self.weights(n, k), half(rows, k)
         out = [half(rows, n) for _ in w]
-        return self.contest(
+        return Contest(
             "skinny",
+            self.name,
             f"{rows}: {n} x {k}",
             2 * n * k,
-            len(w),
             call=lambda i: self.ops.skinny(a, w[i], None, out[i]),
             out=out,
             wanted=lambda i: a.float() @ w[i].float().t(),
-            tolerance=0.1,
             peers={"cuBLAS": lambda i: F.linear(a, w[i])},
         )
 
     def head(self) -> Contest:
-        c = self.config
-        w, x, norm = self.weights(c.vocab_size, c.hidden_size), half(1, c.hidden_size), half(c.hidden_size)
-        state = ops.SamplingState.new(1, c.vocab_size, DEVICE)
-        scratch, counters = self.ops.head_scratch(w[0]), torch.zeros(len(w), 1, dtype=torch.int32, device=DEVICE)
-        logits = torch.zeros(1, c.vocab_size, device=DEVICE)
-        out = [int32(-7) for _ in w]
-        draws = int32(0, 0, 1, 0, 0, 0).view(1, 6)
-
-        def call(i: int) -> None:
-            counters[i].zero_()
-            self.ops.head(x, norm, EPS, w[i], draws, state, logits, *scratch, counters[i], out[i])
-
-        def wanted(i: int) -> Tensor:
-            return (F.rms_norm(x.float(), (c.hidden_size,), norm.float(), EPS) @ w[i].float().t()).argmax(-1)
-
-        def plain(i: int) -> Tensor:
-            return F.linear(F.rms_norm(x, (c.hidden_size,), norm, EPS), w[i]).argmax(-1)
-
-        size = 2 * c.vocab_size * c.hidden_size
-        return self.contest(
-            "head + draw",
-            f"{c.vocab_size} x {c.hidden_size}",
-            size,
-            len(w),
-            call=call,
+        """The greedy id."""
+        n, d = self.config.vocab_size, self.config.hidden_size
+        w, x, norm = self.weights(n, d), half(1, d), half(d)
+        state = ops.SamplingState.new(1, n, DEVICE)
+        scratch, counters = self.ops.head_scratch(w[0]), int32(0)  # zero again after every call
+        logits, draws = torch.zeros(1, n, device=DEVICE), int32(0, 0, 1, 0, 0, 0).view(1, 6)
+        out = [int32(0) for _ in w]
+        return Contest(
+            "head",
+            self.name,
+            f"{n} x {d}",
+            2 * n * d,
+            call=lambda i: self.ops.head(x, norm, EPS, w[i], draws, state, logits, *scratch, counters, out[i]),
             out=out,
-            wanted=wanted,
-            tolerance=0.0,
-            peers={"cuBLAS + argmax": plain},
+            wanted=lambda i: (F.rms_norm(x.float(), (d,), norm.float(), EPS) @ w[i].float().t()).argmax(-1),
+            peers={"cuBLAS + argmax": lambda i: F.linear(F.rms_norm(x, (d,), norm, EPS), w[i]).argmax(-1)},
         )
 
     def attend(self, context: int, queries: int = 1) -> Contest:
-        c = self.config
-        heads, dim, pages = c.num_kv_heads, c.head_dim, -(-context // PAGE)
-        size = 2 * context * heads * dim * 2
-        count = copies_of(size)
-        caches = list(half(count, pages + 1, PAGE, 2, heads, dim).unbind())
+        heads, dim, pages = self.config.num_kv_heads, self.config.head_dim, -(-context // PAGE)
+        size = 4 * context * heads * dim
+        caches = half(copies_of(size), pages + 1, PAGE, 2, heads, dim).unbind()
         table = torch.randperm(pages, device=DEVICE).to(torch.int32).view(1, -1)
-        q = half(queries, self.groups, heads, dim)
+        q, most = half(queries, self.groups, heads, dim), 1 if queries == 1 else 8
         at = torch.arange(context - queries, context, dtype=torch.int32, device=DEVICE)
         slots, tiles = torch.zeros(queries, dtype=torch.int32, device=DEVICE), int32(0, queries).view(1, 2)
-        splits = self.ops.splits_for(1, heads)
-        scratch = self.ops.attend_scratch(1, heads, splits, (1 if queries == 1 else 8) * self.groups, dim, DEVICE)
-        counters = torch.zeros(count, heads, dtype=torch.int32, device=DEVICE)
-        out = [half(queries, self.groups * heads * dim) for _ in range(count)]
+        scratch = self.ops.attend_scratch(1, heads, self.ops.splits_for(1, heads), most * self.groups, dim, DEVICE)
+        counters = torch.zeros(len(caches), heads, dtype=torch.int32, device=DEVICE)
+        out = [half(queries, self.groups * heads * dim) for _ in caches]
+        dense = [keys_of(cache, table, context) for cache in caches]
 
         def call(i: int) -> None:
-            if i == 0:
+            if i == 0:  # as a step's first launch does for all of its layers
                 counters.zero_()
-            tile = 1 if queries == 1 else 8
-            self.ops.attend(q, caches[i], table, tiles, at, slots, scratch, counters[i], out[i], queries=tile)
+            self.ops.attend(q, caches[i], table, tiles, at, slots, scratch, counters[i], out[i], queries=most)
 
-        def keys(i: int) -> tuple[Tensor, Tensor]:
-            flat = caches[i][table[0].long()].flatten(0, 1)[:context]
-            k, v = flat.permute(1, 2, 0, 3).unbind(0)
-            return k[None], v[None]
-
-        mask = torch.arange(context, device=DEVICE) <= at[:, None]
-
-        def wanted(i: int) -> Tensor:
-            k, v = (x.float().repeat(1, self.groups, 1, 1) for x in keys(i))
-            y = F.scaled_dot_product_attention(q.flatten(1, 2).transpose(0, 1)[None].float(), k, v, attn_mask=mask)
-            return y[0].transpose(0, 1).reshape(out[i].shape)
-
-        dense = [tuple(x.contiguous() for x in keys(i)) for i in range(count)]
-        order = q.transpose(1, 2).reshape(queries, -1, dim).transpose(0, 1)[None].contiguous()
-
-        def sdpa(i: int) -> Tensor:
-            return F.scaled_dot_product_attention(order, *dense[i], attn_mask=mask, enable_gqa=True)
-
-        return self.contest(
+        return Contest(
             "attend",
+            self.name,
             f"{context}, {queries} token{'s' * (queries > 1)}",
             size,
-            count,
             call=call,
             out=out,
-            wanted=wanted,
-            tolerance=0.02,
-            peers={"SDPA, contiguous": sdpa},
+            wanted=lambda i: attention(q, *dense[i], at),
+            peers={"SDPA, contiguous": sdpa(q, dense)},
         )
 
     def extend(self, tokens: int, prefix: int) -> Contest:
-        """Catch-up: `tokens` behind `prefix`. bytes counts arithmetic instead: it is bound by it."""
-        c = self.config
-        heads, dim, context = c.num_kv_heads, c.head_dim, prefix + tokens
-        pages = -(-context // PAGE)
+        """Catch-up: `tokens` behind `prefix`; bound by arithmetic."""
+        heads, dim, context = self.config.num_kv_heads, self.config.head_dim, prefix + tokens
+        pages, queries = -(-context // PAGE), 128 // self.groups
         cache = half(pages + 1, PAGE, 2, heads, dim)
         table = torch.randperm(pages, device=DEVICE).to(torch.int32).view(1, -1)
         q = half(tokens, self.groups, heads, dim)
         at = torch.arange(prefix, context, dtype=torch.int32, device=DEVICE)
         slots = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-        queries = 128 // self.groups
-        tiles = [(first, min(queries, tokens - first)) for first in range(0, tokens, queries)]
-        cut = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+        cuts = [(first, min(queries, tokens - first)) for first in range(0, tokens, queries)]
+        tiles = torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
         out = [half(tokens, self.groups * heads * dim) for _ in range(2)]
-        k, v = cache[table[0].long()].flatten(0, 1)[:context].permute(1, 2, 0, 3).contiguous().unbind(0)
-        order = q.transpose(1, 2).reshape(tokens, -1, dim).transpose(0, 1)[None].contiguous()
-        mask = torch.arange(context, device=DEVICE) <= at[:, None]
-
-        def wanted(_: int) -> Tensor:
-            keys, values = (x[None].float().repeat(1, self.groups, 1, 1) for x in (k, v))
-            y = F.scaled_dot_product_attention(
-                q.flatten(1, 2).transpose(0, 1)[None].float(), keys, values, attn_mask=mask
-            )
-            return y[0].transpose(0, 1).reshape(out[0].shape)
-
-        def sdpa(_: int) -> Tensor:
-            return F.scaled_dot_product_attention(order, k[None], v[None], attn_mask=mask, enable_gqa=True)
-
-        return self.contest(
+        dense = [keys_of(cache, table, context)] * 2
+        return Contest(
             "extend",
+            self.name,
             f"{tokens} behind {prefix}",
-            2 * context * heads * dim * 2,
-            2,
-            call=lambda i: self.ops.extend(q, cache, table, cut, at, slots, out[i], queries=queries),
+            4 * context * heads * dim,
+            call=lambda i: self.ops.extend(q, cache, table, tiles, at, slots, out[i], queries=queries),
             out=out,
-            wanted=wanted,
-            tolerance=0.02,
-            peers={"SDPA, contiguous, masked": sdpa},
+            wanted=lambda i: attention(q, *dense[i], at),
+            peers={"SDPA, contiguous": sdpa(q, dense)},
+            flops=4.0 * self.groups * heads * dim * tokens * (prefix + (tokens + 1) / 2),
         )
 
 
-def compiled(function: Calls) -> Calls:
+def keys_of(cache: Tensor, table: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [Hkv, context, D] of a slot, each contiguous."""
+    k, v = cache[table[0].long()].flatten(0, 1)[:context].permute(1, 2, 0, 3).contiguous().unbind()
+    return k, v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+    """Tokens q [T, G, Hkv, D] at positions `at` over keys and values [Hkv, n, D], in float32: [T, G * Hkv * D]."""
+    score = torch.einsum("tghd,hnd->tghn", q.float(), k.float()) / math.sqrt(q.shape[-1])
+    ahead = torch.arange(k.shape[1], device=q.device) > at[:, None]
+    weights = score.masked_fill(ahead[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("tghn,hnd->tghd", weights, v.float()).flatten(1)
+
+
+def sdpa(q: Tensor, dense: list[tuple[Tensor, Tensor]]) -> Calls:
+    """torch's own attention, on queries in its own order; causal by a kind of mask its fast kernels know."""
+    tokens, dim, context = q.shape[0], q.shape[-1], dense[0][0].shape[1]
+    order = q.transpose(1, 2).reshape(tokens, -1, dim).transpose(0, 1)[None].contiguous()
+    mask = None if tokens == 1 else causal_lower_right(tokens, context)
+    pairs = [(k[None], v[None]) for k, v in dense]
+    return lambda i: F.scaled_dot_product_attention(order, *pairs[i], attn_mask=mask, enable_gqa=True)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile of a peer; what it cannot do shows as its error."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool takes longer to start than one kernel does
     return torch.compile(function, dynamic=False)
 
 
-def all_contests(device_ops: ops.StepOps) -> Iterator[Callable[[], Contest]]:
-    """Thunks: a contest takes its memory when its turn comes."""
+def all_contests(device_ops: ops.StepOps) -> Iterator[tuple[str, Callable[[], Contest]]]:
+    """Labels and thunks: a contest takes its memory when its turn comes."""
+
+    def named(shapes: Shapes, make: Callable[..., Contest], *sizes: Any) -> tuple[str, Callable[[], Contest]]:
+        return " ".join(map(str, (shapes.name, make.__name__, *sizes))), partial(make, *sizes)
+
     for name in MODELS:
         shapes = Shapes(name, device_ops)
         c = shapes.config
-        yield shapes.qkv
+        yield named(shapes, shapes.qkv)
         for context in CONTEXTS:
-            yield partial(shapes.attend, context)
-        yield partial(shapes.attend, 4096, 5)
-        yield partial(shapes.linear, "o", c.hidden_size, c.q_size)
-        yield shapes.gate_up
-        yield partial(shapes.linear, "down", c.hidden_size, c.intermediate_size)
-        yield shapes.head
-        for rows in (5, 64):
-            yield partial(shapes.skinny, rows)
-    yield partial(shapes.extend, 512, 4096)
+            yield named(shapes, shapes.attend, context)
+        yield named(shapes, shapes.attend, CONTEXTS[1], 5)
+        yield named(shapes, shapes.linear, "o", c.hidden_size, c.q_size)
+        yield named(shapes, shapes.gate_up)
+        yield named(shapes, shapes.linear, "down", c.hidden_size, c.intermediate_size)
+        yield named(shapes, shapes.head)
+        for rows in ROWS:
+            yield named(shapes, shapes.skinny, rows)
+    yield named(shapes, shapes.extend, CATCH_UP, CONTEXTS[1])
 
 
 def run(only: str, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Every contest whose kernel, model or shape has `only` in it; `keep` gets the rows after each."""
-    device_ops, rows = ops.step_ops(torch.device(DEVICE)), []
-    for make in all_contests(device_ops):
-        name = " ".join(str(part) for part in (getattr(make, "args", ()), getattr(make, "func", make).__name__))
+    """Every contest whose label has `only` in it; `keep` gets the rows after each."""
+    rows: list[dict[str, Any]] = []
+    for label, make in all_contests(ops.step_ops(torch.device(DEVICE), launchers=True)):
+        if only not in label:
+            continue
         try:
-            contest = make()
-            if only not in f"{contest.kernel} {contest.model} {contest.shape}":
-                continue
-            rows.append(measure(contest))
+            rows.append(measure(make()))
         except Exception as error:  # a kernel that fails is a result; the others still count
-            rows.append({"kernel": name, "error": f"{type(error).__name__}: {error}"[:300]})
+            rows.append({"kernel": label, "error": f"{type(error).__name__}: {error}"[:300]})
         keep(rows)
     return rows
 
@@ -354,31 +317,37 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return out
 
 
-def measure(contest: Contest) -> dict[str, Any]:
-    """Checks, then times, the kernel and its peers: microseconds, GB/s, share of the read bandwidth."""
+def verify(contest: Contest) -> None:
+    """Poisons what the kernel writes, runs it on the first and the last copy and compares; ids must be the same."""
     for out in contest.out:
-        if contest.kernel.startswith("linear"):
-            continue  # the residual is an input
-        out.fill_(-7 if out.dtype == torch.int32 else torch.nan)
-    for i in (0, contest.copies - 1):
+        if not contest.residual:
+            out.fill_(torch.nan if out.is_floating_point() else -7)
+    for i in (0, len(contest.out) - 1):
         truth = contest.wanted(i)
         contest.call(i)
         torch.cuda.synchronize()
-        check(contest.out[i], truth, contest.tolerance, 0.02)
-    read = read_bandwidth(0, "cuda")
+        if contest.out[i].is_floating_point():
+            check(contest.out[i], truth, OF_LARGEST * float(truth.abs().max()), OF_ITSELF)
+        else:
+            check(contest.out[i], truth, 0.0, 0.0)
 
-    def rate(us: float) -> dict[str, float]:
+
+def measure(contest: Contest) -> dict[str, Any]:
+    """Checks, then times, the kernel and its peers: microseconds, GB/s, share of the read bandwidth."""
+    verify(contest)
+    copies, read = len(contest.out), read_bandwidth(0, "cuda")
+
+    def timed(calls: Calls) -> dict[str, float]:
+        us = Replay(lambda: [calls(i) for i in range(copies)]).us(copies)
         gbps = contest.bytes / us / 1e3
-        return {"us": us, "gbps": gbps, "share": gbps / read}
-
-    def timed(calls: Calls) -> float:
-        return Replay(lambda: [calls(i) for i in range(contest.copies)]).us(contest.copies)
+        found = {"us": us, "gbps": gbps, "share": gbps / read}
+        return found | ({"tflops": contest.flops / us / 1e6} if contest.flops else {})
 
     found: dict[str, Any] = {"kernel": contest.kernel, "model": contest.model, "shape": contest.shape}
-    found |= {"bytes": contest.bytes, **rate(timed(contest.call)), "peers": {}}
+    found |= {"bytes": contest.bytes, **timed(contest.call), "peers": {}}
     for name, peer in contest.peers.items():
         try:
-            found["peers"][name] = rate(timed(peer))
+            found["peers"][name] = timed(peer)
         except Exception as error:  # a peer that cannot run here is a line, not the end
             found["peers"][name] = {"error": f"{type(error).__name__}: {error}"[:200]}
     return found

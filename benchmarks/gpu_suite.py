@@ -1,6 +1,7 @@
 """The stages of gpu_suite.sh, each in a process of its own with a time limit of its own: one failure costs no other.
 
     build     the extension, in place, by the Python that runs this
+    compile   the kernels of all that follows, on all cores                                          (gpu_compile.py)
     tests     pytest -m gpu: every kernel against its reference, streams of graph, eager and CPU against each other
     first     ceilings: bandwidth, products, gap per graph node, a sweep of GEMVs and of attention   (gpu_first.py)
     kernels   every kernel in a captured graph over rotated weights, beside its peers                (kernels.py)
@@ -28,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 535.0  # seconds for everything
+LATENCY = ("--small", "1.5b", "--large", "32b", "--num-iters", "2", "--max-tokens", "128")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,15 @@ def stages(out: Path, python: str = sys.executable) -> list[Stage]:
         file = f"h200-{name}.json"
         return Stage(name, seconds, (python, f"benchmarks/{script}", *flags, "--output-json", str(out / file)), file)
 
-    pair = ("--small", "1.5b", "--large", "32b")
-    first = (python, "benchmarks/gpu_first.py", "--limit", "80", "--only", "bandwidth,gap,gemv,attention")
+    first = (python, "benchmarks/gpu_first.py", "--limit", "65", "--only", "bandwidth,gap,gemv,attention")
     return [
-        Stage("build", 60, (python, "setup.py", "build_ext", "--inplace")),
-        Stage("tests", 150, (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")),
-        Stage("first", 95, first, "h200-first.json"),
-        bench("kernels", 75, "kernels.py", "--what", "gpu"),
-        bench("latency", 120, "latency.py", *pair, "--device", "cuda"),
-        bench("predict", 30, "predict.py", "--gpu", "h200", "--measured", str(out / "h200-first.json")),
+        Stage("build", 45, (python, "setup.py", "build_ext", "--inplace")),
+        Stage("compile", 100, (python, "benchmarks/gpu_compile.py")),
+        Stage("tests", 110, (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")),
+        Stage("first", 80, first, "h200-first.json"),
+        bench("kernels", 65, "kernels.py", "--what", "gpu"),
+        bench("latency", 110, "latency.py", *LATENCY, "--device", "cuda", "--compare", "transformers"),
+        bench("predict", 20, "predict.py", "--gpu", "h200", "--measured", str(out / "h200-first.json")),
     ]
 
 

@@ -212,12 +212,12 @@ def read_bandwidth(size: int, device: str = "cpu") -> float:
 def _device_read_bandwidth() -> float:
     """The best of gpu_kernels.read's configurations, in a captured graph."""
     import gpu_kernels
-    from gpu_timing import Replay
+    from gpu_timing import DEVICE, Replay
 
-    x = torch.full((_MOST_CUDA // 4,), 0.5, device="cuda")
+    x = torch.full((_MOST_CUDA // 4,), 0.5, device=DEVICE)
     times = []
     for block, warps, steps in gpu_kernels.READS:
-        sums = torch.empty(x.numel() // (block * steps), device="cuda")
+        sums = torch.empty(x.numel() // (block * steps), device=DEVICE)
         times.append(Replay(lambda s=sums, how=(block, warps, steps): gpu_kernels.read(x, s, *how)).us())
     return 4e-3 * x.numel() / min(times)
 

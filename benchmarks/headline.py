@@ -13,6 +13,7 @@ each), so no run finds another's words cached. Joules are the device's own count
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import statistics
@@ -38,8 +39,6 @@ from splitdecode.runtime.graphs import Tape
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import HandoffPolicy, LargeOnly, SmallOnly
 from splitdecode.split.roles import Pair, Role
-
-CATCH_UPS = (64, 128, 256, 512, 1000, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +67,20 @@ class Headline:
     def __init__(self, args: argparse.Namespace) -> None:
         """Everything that can be refused is refused here, before any model is loaded."""
         self.args, self.cuda = args, args.device.startswith("cuda")
+        self.catch_ups = _counts(args.catch_ups)
+        if args.max_tokens == 1:
+            raise RequestError("--max-tokens: found 1, expected at least 2: the time from the first token to the last")
         self.runs = self._runs(_shares(args.offload), _names(args.trace))
         self.sources = Pair.of(lambda r: resolve(args.large if r else args.small, r, args.dtype))
-        spans = max(args.context // 2, *(run.prompt + run.tokens * 2 for run in self.runs))
-        length = max(spans, args.context + max(args.catch_ups, default=0)) + 64
-        check_fits(self.sources, 4 * length, args.device)
+        self.length = max(run.prompt + run.tokens * 2 for run in self.runs)
+        self.length = max(self.length, args.context + max(self.catch_ups, default=0)) + 64
+        check_fits(self.sources, self.length, args.device, lanes=4)
         use_threads(args.threads)
         self.machine = {**machine(args.device), "bandwidth_gbps": bandwidths(args.device)}
-        self.decoder = self._build(length)
+        if self.cuda:  # what measuring took is no part of the pair's memory
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.decoder = self._build(self.length)
         self.meter = _energy_meter(args.device)
         self.results: dict[str, Any] = {}
         self.document: dict[str, Any] = {}
@@ -102,7 +107,7 @@ class Headline:
         args, tokens = self.args, self.args.max_tokens or 512
         out = [Run("small", SmallOnly(), 0, tokens, 0.0), Run("large", LargeOnly(), 0, tokens, 1.0)]
         traces = [(f"split {100 * s:g} %", regular(s, args.segment, tokens)) for s in shares]
-        traces += [(f"split {n}", make_trace(n, args.seed).scaled(max(tokens, 512))) for n in names]
+        traces += [(f"split {n}", _handing_over(n, args.seed).scaled(max(tokens, 512))) for n in names]
         out += [Run(name, t.policy(), 0, t.total_tokens, t.offload) for name, t in traces]
         at = [max(args.page_size, args.context - run.tokens // 2) for run in out]
         return [Run(r.name, r.policy, prompt, r.tokens, r.share) for r, prompt in zip(out, at, strict=True)]
@@ -114,9 +119,10 @@ class Headline:
         for run in self.runs:
             self.results[run.name] = self._timed(run)
             told(self._document())
-        caught = {n: self._catch_up(n) for n in self.args.catch_ups}
+        caught = {n: self._catch_up(n) for n in self.catch_ups}
         self.document["catch_up_ms"] = {str(n): ms for n, ms in caught.items()}
         if self.args.compare:
+            told(self._document())
             self.document["peer"] = self._peer()
         told(self._document())
 
@@ -316,5 +322,17 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
+def _counts(text: str) -> list[int]:
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",") if part]
+    if not all(counts):
+        raise RequestError(f"--catch-ups: found {text!r}, expected numbers of tokens, such as 64,1000")
+    return counts
+
+
 def _names(trace: str | None) -> list[str]:
     return [trace] if trace else ["math", "aime"]
+
+
+def _handing_over(name: str, seed: int) -> Trace:
+    """The first request of that traffic in which the large model writes at all."""
+    return next(trace for index in itertools.count() if (trace := make_trace(name, seed, index)).spans)

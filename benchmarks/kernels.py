@@ -91,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = all_ops() if args.what == "ops" else all_samplers()
     found = [_measured(contest, args) for contest in every if args.only in f"{contest.op} {contest.shape}"]
     if not found:
-        print(f"kernels.py: --only: found {args.only!r}, expected a part of an op's name or shape", file=sys.stderr)
-        return 2
+        return _nothing(args.only)
     document = {
         "benchmark": "kernels",
         "what": args.what,
@@ -109,7 +108,7 @@ def _on_device(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("kernels.py: --what gpu: no CUDA device here", file=sys.stderr)
         return 2
-    import device_kernels  # it imports Triton
+    import device_kernels
 
     document = {"benchmark": "kernels", "what": "gpu", "machine": machine("cuda"), "contests": []}
 
@@ -119,10 +118,17 @@ def _on_device(args: argparse.Namespace) -> int:
             finish(document, args.output_json, quietly=True)
 
     rows = device_kernels.run(args.only, keep)
+    if not rows:
+        return _nothing(args.only)
     head = ["kernel", "model", "shape", "us", "GB/s", "share", "peers, us"]
     show_table("kernels in captured graphs, cold weights", head, device_kernels.table(rows))
     finish(document, args.output_json)
     return int(any("error" in row for row in rows))
+
+
+def _nothing(only: str) -> int:
+    print(f"kernels.py: --only: found {only!r}, expected a part of an op's name or shape", file=sys.stderr)
+    return 2
 
 
 def check(contest: Contest) -> None:

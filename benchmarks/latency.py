@@ -25,7 +25,6 @@ from typing import Any
 import headline
 import torch
 from harness import Bar, Spread, bar_plot, finish, load_pyplot, show_table
-from headline import CATCH_UPS
 from measure import Measurement
 from runs import MODES
 from traces import NAMES
@@ -61,7 +60,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--context", type=_positive, default=4096, help="headline: positions before the middle of an answer (4096)")
     add("--offload", default="1.35,5,20", help="headline: percentages the large model writes (%(default)s)")
     add("--segment", type=_positive, default=32, help="headline: tokens the large model writes at a time (32)")
-    add("--catch-ups", type=_counts, default=CATCH_UPS, help="headline: tokens caught up at once (64,...,2048)")
+    add("--catch-ups", default="64,128,256,512,1000,2048", help="headline: tokens caught up at once (%(default)s)")
     add("--steps-per-graph", type=_positive, default=1, help="decode steps in one captured graph (1)")
     add("--enforce-eager", action="store_true", help="no captured graphs")
     add("--programmatic-launch", action="store_true", help="programmatic dependent launch")
@@ -169,10 +168,6 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
     return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(",") if part)
 
 
 def _positive(text: str) -> int:

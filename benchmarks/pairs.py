@@ -101,15 +101,15 @@ def random_config(name: str) -> ModelConfig:
     )
 
 
-def check_fits(sources: Pair[Source], length: int, device: str, copies: int = 1) -> None:
-    """Raises CapacityError, with sizes, when the pair and caches of `length` tokens do not fit on `device` (`copies`
-    of the weights: a peer brings its own); RequestError when a context is too short for `length`."""
+def check_fits(sources: Pair[Source], length: int, device: str, copies: int = 1, lanes: int = 1) -> None:
+    """Raises CapacityError, with sizes, when the pair and caches of `lanes` times `length` tokens do not fit on
+    `device` (`copies` of all: a peer brings its own); RequestError when a context is too short for `length`."""
     for source in sources:
         if length > source.config.max_positions:
             raise RequestError(f"{source.name}: {length} tokens asked for, but its context is "
                                f"{source.config.max_positions}: give --max-tokens")  # fmt: skip
     weights = copies * sum(source.resident_bytes for source in sources)
-    caches = copies * sum(length * kv_bytes(source.config, source.itemsize) for source in sources)
+    caches = copies * lanes * sum(length * kv_bytes(source.config, source.itemsize) for source in sources)
     room = free_memory(device)
     if weights + caches <= 0.95 * room:
         return
