@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gpu_compile
 import gpu_suite
 import pytest
 from gpu_suite import Stage
@@ -50,3 +53,23 @@ def test_the_stages_fit_into_nine_minutes(tmp_path: Path) -> None:
 def test_a_wrong_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--only", "dance"]) == 2
     assert "--only" in capsys.readouterr().err
+
+
+def test_compiling_wants_to_know_for_what(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_compile.main([]) == 2
+    assert "--arch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_decoder_compile_beforehand(tmp_path: Path) -> None:
+    """All that the embedded pair captures, for an H200 that is not here."""
+    command = [sys.executable, str(gpu_suite.ROOT / "benchmarks/gpu_compile.py"), "--arch", "90", "--jobs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(gpu_suite.ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--only", "bfloat16"], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["failed"] == {}
+    assert found["kernels"] > 20
