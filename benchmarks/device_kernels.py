@@ -5,8 +5,8 @@ every call finds the L2 cold; a captured graph calls all of them in turn, and a 
 replays, the gap to the next node included. Outputs are poisoned and compared with float32 torch on the same random
 inputs before a time counts. `share` is bytes / time over the measured read bandwidth.
 
-Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA for attention, torch.compile
-for what is fused.
+Peers run on the same rotated tensors, in graphs of their own: cuBLAS for products, SDPA (and FlashInfer, where
+it can be imported) for attention, torch.compile for what is fused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ class Shapes:
             call=call,
             out=out,
             wanted=lambda i: attention(q, *dense[i], at),
-            peers={"SDPA, contiguous": sdpa(q, dense)},
+            peers={"SDPA, contiguous": sdpa(q, dense), **(flashinfer(q, dense) if queries == 1 else {})},
         )
 
     def extend(self, tokens: int, prefix: int) -> Contest:
@@ -248,6 +249,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
     ahead = torch.arange(k.shape[1], device=q.device) > at[:, None]
     weights = score.masked_fill(ahead[:, None, None], -torch.inf).softmax(-1)
     return torch.einsum("tghn,hnd->tghd", weights, v.float()).flatten(1)
+
+
+def flashinfer(q: Tensor, dense: list[tuple[Tensor, Tensor]]) -> dict[str, Calls]:
+    """FlashInfer's decode on contiguous keys, where it can be imported."""
+    try:
+        decode = import_module("flashinfer").single_decode_with_kv_cache
+    except ImportError:
+        return {}
+    heads = q[0].transpose(0, 1).reshape(-1, q.shape[-1]).contiguous()
+    return {"FlashInfer, contiguous": lambda i: decode(heads, *dense[i], kv_layout="HND")}
 
 
 def sdpa(q: Tensor, dense: list[tuple[Tensor, Tensor]]) -> Calls:

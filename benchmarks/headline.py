@@ -123,7 +123,10 @@ class Headline:
         self.document["catch_up_ms"] = {str(n): ms for n, ms in caught.items()}
         if self.args.compare:
             told(self._document())
-            self.document["peer"] = self._peer()
+            try:
+                self.document["peer"] = self._peer()
+            except Exception as error:  # a peer that cannot run here is a line, not the end
+                self.document["peer"] = f"{type(error).__name__}: {error}"[:300]
         told(self._document())
 
     def _timed(self, run: Run) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,6 +48,18 @@ def test_the_stages_fit_into_nine_minutes(tmp_path: Path) -> None:
         assert all((gpu_suite.ROOT / part).exists() for part in scripts)
 
 
+def test_the_tests_stage_runs_every_gpu_test(tmp_path: Path) -> None:
+    tests = gpu_suite.ROOT / "tests"
+    covered = [gpu_suite.ROOT / part for part in gpu_suite.TESTS]
+    assert all(path.exists() for path in covered)
+    for file in tests.rglob("test_*.py"):
+        text = file.read_text("utf-8")
+        if file.parent != tests / "benchmarks" and ("pytest.mark.gpu" in text or "device: torch.device" in text):
+            assert any(path in (file, *file.parents) for path in covered), file
+    (stage,) = (stage for stage in gpu_suite.stages(tmp_path) if stage.name == "tests")
+    assert stage.command[-len(gpu_suite.TESTS) :] == gpu_suite.TESTS
+
+
 def test_a_wrong_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--only", "dance"]) == 2
     assert "--only" in capsys.readouterr().err
@@ -59,17 +69,3 @@ def test_compiling_wants_to_know_for_what(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_compile.main([]) == 2
     assert "--arch" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_kernels_of_a_decoder_compile_beforehand(tmp_path: Path) -> None:
-    """All that the embedded pair captures, for an H200 that is not here."""
-    command = [sys.executable, str(gpu_suite.ROOT / "benchmarks/gpu_compile.py"), "--arch", "90", "--jobs", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(gpu_suite.ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [*command, "--only", "bfloat16"], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["failed"] == {}
-    assert found["kernels"] > 20
