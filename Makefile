@@ -19,7 +19,7 @@ test: $(STAMP)  ## set up, then run the tests (under five minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## the long proofs
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "slow and not gpu"
 
 lint: $(STAMP)  ## ruff, mypy --strict on src, clang-format
 	$(BIN)/ruff check .

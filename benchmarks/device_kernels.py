@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from gpu_timing import DEVICE, Replay, check, half
 from harness import read_bandwidth
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from splitdecode import ops
 from splitdecode.models import geometry
@@ -265,14 +264,17 @@ def sdpa(q: Tensor, dense: list[tuple[Tensor, Tensor]]) -> Calls:
     """torch's own attention, on queries in its own order; causal by a kind of mask its fast kernels know."""
     tokens, dim, context = q.shape[0], q.shape[-1], dense[0][0].shape[1]
     order = q.transpose(1, 2).reshape(tokens, -1, dim).transpose(0, 1)[None].contiguous()
-    mask = None if tokens == 1 else causal_lower_right(tokens, context)
+    mask = None
+    if tokens > 1:
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds: it imports torch.compile
+
+        mask = causal_lower_right(tokens, context)
     pairs = [(k[None], v[None]) for k, v in dense]
     return lambda i: F.scaled_dot_product_attention(order, *pairs[i], attn_mask=mask, enable_gqa=True)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile of a peer; what it cannot do shows as its error."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool takes longer to start than one kernel does
     return torch.compile(function, dynamic=False)
 
 
@@ -298,18 +300,23 @@ def all_contests(device_ops: ops.StepOps) -> Iterator[tuple[str, Callable[[], Co
     yield named(shapes, shapes.extend, CATCH_UP, CONTEXTS[1])
 
 
-def run(only: str, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Every contest whose label has `only` in it; `keep` gets the rows after each."""
-    rows: list[dict[str, Any]] = []
-    for label, make in all_contests(ops.step_ops(torch.device(DEVICE), launchers=True)):
-        if only not in label:
-            continue
+def run(only: str, keep: Callable[[list[dict[str, Any]]], None], done: Sequence[dict[str, Any]] = ()) -> bool:
+    """Every contest whose label has `only` in it, but for those that gave the rows `done`; `keep` gets all rows after
+    each. False: the device is broken and serves this process no more, the rest waits for another."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool starts more slowly than one kernel compiles
+    rows = [*done]
+    every = all_contests(ops.step_ops(torch.device(DEVICE), launchers=True))
+    for label, make in [one for one in every if only in one[0]][len(rows) :]:
         try:
             rows.append(measure(make()))
         except Exception as error:  # a kernel that fails is a result; the others still count
             rows.append({"kernel": label, "error": f"{type(error).__name__}: {error}"[:300]})
         keep(rows)
-    return rows
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -67,11 +67,11 @@ def stages(out: Path, python: str = sys.executable) -> list[Stage]:
     spread = ("-n", "12") if find_spec("xdist") else ()  # kernels of odd shapes: compiling takes most of the time
     return [
         Stage("build", 45, (python, "setup.py", "build_ext", "--inplace")),
-        Stage("compile", 100, (python, "benchmarks/gpu_compile.py")),
+        Stage("compile", 80, (python, "benchmarks/gpu_compile.py")),
         Stage("tests", 110, (*tests, *spread, "--continue-on-collection-errors", *TESTS)),
         Stage("first", 80, first, "h200-first.json"),
         bench("kernels", 65, "kernels.py", "--what", "gpu"),
-        bench("latency", 110, "latency.py", *LATENCY, "--device", "cuda", "--compare", "transformers"),
+        bench("latency", 130, "latency.py", *LATENCY, "--device", "cuda", "--compare", "transformers"),
         bench("predict", 20, "predict.py", "--gpu", "h200", "--measured", str(out / "h200-first.json")),
     ]
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ harness._MOST_CUDA, gpu_kernels.READS = 1 << 19, gpu_kernels.READS[::3]
 with torch.inference_mode():
     torch.manual_seed(0)
     kept = []
-    rows = device_kernels.run("", lambda rows: kept.append(len(rows)))
-    alone = device_kernels.run("tiny skinny 5", lambda rows: None)
+    assert device_kernels.run("", lambda found: kept.append([*found]))
+    rows, alone = kept[-1], []
+    assert device_kernels.run("tiny skinny 5", alone.extend)
 print(device_kernels.table(rows))
-print(json.dumps({"rows": rows, "kept": kept, "alone": alone, "read": harness.read_bandwidth(0, "cuda")}))
+told = {"rows": rows, "kept": [len(found) for found in kept], "alone": alone}
+print(json.dumps(told | {"read": harness.read_bandwidth(0, "cuda")}))
 '''
 
 
@@ -139,7 +142,8 @@ def test_what_fails_is_a_row_and_costs_no_other(here: None, monkeypatch: pytest.
         yield "tiny wrong", lambda: contest(wrong=20.0)
 
     monkeypatch.setattr(device_kernels, "all_contests", every)
-    rows = device_kernels.run("", lambda rows: None)
+    rows: list[dict[str, Any]] = []
+    assert device_kernels.run("", partial(rows.__setitem__, slice(None)))
     assert rows[0] == {"kernel": "tiny absent", "error": "RuntimeError: no such\nkernel"}
     assert rows[1]["gbps"] == 2.0
     assert rows[1]["share"] == 0.02
@@ -150,7 +154,7 @@ def test_what_fails_is_a_row_and_costs_no_other(here: None, monkeypatch: pytest.
         ["double", "tiny", "3", "2.00", "2", "2 %", "itself 2.0 (1.00x), other: failed"],
         ["tiny wrong", "", "", rows[2]["error"][:60], "", "", ""],
     ]
-    assert device_kernels.run("sampler", lambda rows: None) == []
+    assert device_kernels.run("sampler", lambda found: pytest.fail("nothing has that name"))
 
 
 def test_a_check_can_fail(here: None) -> None:
@@ -201,3 +205,37 @@ def test_the_document_holds_every_row(
     assert [row["kernel"] for row in found["contests"]] == ["double"]
     assert kernels.main([*flags, "--only", "softmax"]) == 2
     assert "--only: found 'softmax'" in capsys.readouterr().err
+
+
+def test_behind_an_illegal_address_another_process_goes_on(
+    here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken: list[str] = []
+
+    def crashes() -> Contest:
+        broken.append("an illegal memory access was encountered")
+        raise RuntimeError(*broken)
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError(*broken)
+
+    def replaced(*command: Any) -> None:
+        raise SystemExit(command)
+
+    every = [("tiny one", contest), ("tiny two", crashes), ("tiny three", contest)]
+    monkeypatch.setattr(device_kernels, "all_contests", lambda _: iter(every))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "execv", replaced)
+    flags = ["--what", "gpu", "--output-json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        kernels.main(flags)
+    assert end.value.code == (sys.executable, [sys.executable, "kernels.py", *flags, "--resume"])
+    broken.clear()
+    assert kernels.main([*flags, "--resume"]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["contests"]
+    assert [row["kernel"] for row in found] == ["double", "tiny two", "double"]
+    assert found[1]["error"] == "RuntimeError: an illegal memory access was encountered"

@@ -37,6 +37,7 @@ def compiled() -> dict[tuple[str, int], list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiled")  # one process compiles for all of them
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_need_no_more_than_they_may(

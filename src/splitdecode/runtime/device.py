@@ -159,7 +159,7 @@ class DeviceRunner:
             size = _bucket(tokens, min(self.config.max_num_seqs, self.config.max_num_batched_tokens))
             return StepShape(size, size, size, 1, steps, full)
         if tokens <= SKINNY:
-            return self._mixed(_bucket(tokens, self.config.max_num_batched_tokens), full)
+            return self._mixed(_bucket(max(2, tokens), self.config.max_num_batched_tokens), full)
         config = self.model.config
         queries = max(1, LONG_QUERIES // (config.num_heads // config.num_kv_heads))
         lengths = np.diff(batch.paged.cu_q.numpy())
