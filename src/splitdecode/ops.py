@@ -26,11 +26,9 @@ from splitdecode.kernels.host.rope import rope_ref as rope
 from splitdecode.kernels.host.rope import write_ref as write
 from splitdecode.kernels.host.sampling import GUMBEL_MAX, gumbel_dense_host, gumbel_host
 from splitdecode.kernels.host.sampling import gumbel_ref as gumbel
-from splitdecode.kernels.host.sampling import sample_ref as sample
 from splitdecode.kernels.host.swiglu import swiglu_ref as swiglu
 from splitdecode.kernels.state import (
     BANNED,
-    BROKEN,
     CUT,
     DRAW,
     EDIT,
@@ -38,7 +36,6 @@ from splitdecode.kernels.state import (
     ENTERING,
     FEEDS_DEVICE,
     LOGPROBS,
-    NOTHING,
     PROMPT,
     STOP,
     SUPPRESS_END,
@@ -48,7 +45,6 @@ from splitdecode.kernels.state import (
 __all__ = [
     "AttentionPlan",
     "BANNED",
-    "BROKEN",
     "CUT",
     "DRAW",
     "EDIT",
@@ -58,7 +54,6 @@ __all__ = [
     "GUMBEL_MAX",
     "LOGPROBS",
     "LayerCache",
-    "NOTHING",
     "PROMPT",
     "PagedBatch",
     "STOP",
@@ -75,7 +70,6 @@ __all__ = [
     "qk_norm",
     "rmsnorm",
     "rope",
-    "sample",
     "step_ops",
     "swiglu",
     "write",

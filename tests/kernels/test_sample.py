@@ -7,11 +7,13 @@ these seeds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from oracles.sampling import random_params
 from torch import Tensor
 
 from splitdecode.config import SamplingParams, request_key
@@ -25,20 +27,9 @@ from splitdecode.runtime.sampler import Counts, Sampler
 BANNED, ENTERING, EOS = (3, 17), (5, 6), (0,)
 
 
-def random_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
-    pick = rng.choice
-    return SamplingParams(
-        temperature=float(pick([0.0, 0.3, 0.6, 1.0, 1.7])),
-        top_k=int(pick([0, 0, -1, 1, 2, 7, vocab, vocab + 5])),
-        top_p=float(pick([1.0, 1.0, 0.95, 0.5, 0.05])),
-        min_p=float(pick([0.0, 0.0, 0.02, 0.3, 1.0])),
-        repetition_penalty=float(pick([1.0, 1.0, 1.3, 0.8])),
-        presence_penalty=float(pick([0.0, 0.0, 0.7])),
-        frequency_penalty=float(pick([0.0, 0.0, -0.4])),
-        logit_bias={1: 5.0, 2: -100.0, 9: 1.5} if rng.random() < 0.5 else None,
-        stop_token_ids=(4, 8) if rng.random() < 0.5 else None,
-        logprobs=int(rng.integers(2)) if rng.random() < 0.5 else None,
-    )
+def any_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
+    """With log-probs or without."""
+    return replace(random_params(rng, vocab), logprobs=int(rng.integers(2)) if rng.random() < 0.5 else None)
 
 
 def fill(state: SamplingState, slot: int, params: SamplingParams, key: int, prompt: Any, output: Any) -> None:
@@ -126,7 +117,7 @@ def test_references_equal_the_host_sampler(vocab: int, rounds: int) -> None:
         forbid(state)
         prompts, outputs = rng.integers(0, vocab, (slots, 5)), rng.integers(0, vocab, (slots, 7))
         for slot in range(slots):
-            params, key = random_params(rng, limit), request_key(int(rng.integers(99)), slot)
+            params, key = any_params(rng, limit), request_key(int(rng.integers(99)), slot)
             sampler.set(slot, params, key)
             fill(state, slot, params, key, prompts[slot], outputs[slot])
         logits, draws = torch.from_numpy(random_logits(rng, slots, vocab)), random_draws(rng, slots)
@@ -144,7 +135,7 @@ def random_state(rng: np.random.Generator, slots: int, vocab: int, device: torch
     state = SamplingState.new(slots, vocab, "cpu")
     forbid(state)
     for slot in range(slots):
-        params, key = random_params(rng, vocab), request_key(slot, 0)
+        params, key = any_params(rng, vocab), request_key(slot, 0)
         fill(state, slot, params, key, rng.integers(0, vocab, 9), rng.integers(0, vocab, 30))
     return SamplingState(**{name: getattr(state, name).to(device) for name in SamplingState.__slots__})
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from oracles.sampling import gumbel, philox
 
-from splitdecode import ops
 from splitdecode.kernels.host.sampling import (
     GUMBEL_MAX,
     gumbel_dense_host,
@@ -15,7 +14,6 @@ from splitdecode.kernels.host.sampling import (
     gumbel_ref,
     philox_host,
     philox_ref,
-    sample_ref,
 )
 
 # Random123's kat_vectors for philox4x32, 10 rounds: counter, key, answer.
@@ -102,36 +100,3 @@ def test_noise_has_gumbel_moments() -> None:
     noise = gumbel_dense_host(40_000, **draws(1), dtype=np.float64)
     assert noise.mean() == pytest.approx(0.5772, abs=0.03)
     assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.06)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_sample_is_gumbel_max(dtype: torch.dtype) -> None:
-    rows, vocab = 12, 152
-    draw = draws(rows, seed=3)
-    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    logits[:, 140:] = -torch.inf
-    temperature = torch.tensor([0.0, 0.5, 1.0, 2.0] * 3)
-    ids = ops.sample(logits, temperature, **tensors(draw))
-    assert ids.dtype == torch.int32
-    wide = logits.to(torch.float64)
-    noise = torch.from_numpy(gumbel_dense_host(vocab, **draw, dtype=np.float64))
-    for row, heat in enumerate(temperature.tolist()):
-        perturbed = wide[row] / heat + noise[row] if heat else wide[row]
-        assert ids[row] == perturbed.argmax()
-
-
-def test_a_corrupt_row_is_flagged_and_alone() -> None:
-    logits = torch.zeros(6, 8)
-    logits[1, 3] = torch.nan
-    logits[2, 3] = torch.inf
-    logits[3] = -torch.inf
-    logits[5, 7] = torch.nan
-    for heat in (0.0, 1.0):
-        ids = sample_ref(logits, torch.full((6,), heat), **tensors(draws(6)))
-        assert (ids == -1).tolist() == [False, True, True, True, False, True]
-
-
-def test_ties_go_to_the_lowest_id() -> None:
-    logits = torch.zeros(2, 9)
-    logits[1, [4, 6]] = 1.0
-    assert sample_ref(logits, torch.zeros(2), **tensors(draws(2))).tolist() == [0, 4]

@@ -168,3 +168,20 @@ def _cut_margin(alive: dict[int, float], params: SamplingParams, count: int) -> 
         total = math.fsum(masses)
         found += [abs(math.fsum(masses[:i]) / total - params.top_p) for i in border if 0 < i < len(masses)]
     return min(found)
+
+
+def random_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
+    """Any mixture of what shapes a draw."""
+    pick = rng.choice
+    return SamplingParams(
+        temperature=float(pick([0.0, 0.3, 0.6, 1.0, 1.7])),
+        top_k=int(pick([0, 0, -1, 1, 2, 7, vocab, vocab + 5])),
+        top_p=float(pick([1.0, 1.0, 0.95, 0.5, 0.05])),
+        min_p=float(pick([0.0, 0.0, 0.02, 0.3, 1.0])),
+        repetition_penalty=float(pick([1.0, 1.0, 1.3, 0.8])),
+        presence_penalty=float(pick([0.0, 0.0, 0.7])),
+        frequency_penalty=float(pick([0.0, 0.0, -0.4])),
+        logit_bias={1: 5.0, 2: -100.0, 9: 1.5} if rng.random() < 0.5 else None,
+        stop_token_ids=(4, 8) if rng.random() < 0.5 else None,
+        min_tokens=0,
+    )

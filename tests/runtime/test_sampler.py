@@ -28,22 +28,6 @@ def run(sampler: Sampler, logits: torch.Tensor, slots: list[int], **words: Any) 
     return sampler.sample(logits, np.array(slots), *columns, counts)
 
 
-def random_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
-    pick = rng.choice
-    return SamplingParams(
-        temperature=float(pick([0.0, 0.3, 0.6, 1.0, 1.7])),
-        top_k=int(pick([0, 0, -1, 1, 2, 7, vocab, vocab + 5])),
-        top_p=float(pick([1.0, 1.0, 0.95, 0.5, 0.05])),
-        min_p=float(pick([0.0, 0.0, 0.02, 0.3, 1.0])),
-        repetition_penalty=float(pick([1.0, 1.0, 1.3, 0.8])),
-        presence_penalty=float(pick([0.0, 0.0, 0.7])),
-        frequency_penalty=float(pick([0.0, 0.0, -0.4])),
-        logit_bias={1: 5.0, 2: -100.0, 9: 1.5} if rng.random() < 0.5 else None,
-        stop_token_ids=(4, 8) if rng.random() < 0.5 else None,
-        min_tokens=0,
-    )
-
-
 def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
     """Float64 logits, some rows full of ties."""
     logits = rng.normal(size=(rows, vocab)) * rng.choice([0.5, 3.0, 8.0], size=(rows, 1))
@@ -58,7 +42,7 @@ def test_every_row_equals_the_oracle(vocab: int) -> None:
     slots_of = 16
     sampler = Sampler(vocab - 2, slots_of, banned_ids=BANNED, entering_ids=ENTERING, eos_ids=EOS)
     for _ in range(12 if vocab < 1000 else 4):
-        params = [random_params(rng, vocab) for _ in range(slots_of)]
+        params = [oracle.random_params(rng, vocab) for _ in range(slots_of)]
         keys = [request_key(int(rng.integers(99)), slot) for slot in range(slots_of)]
         for slot in range(slots_of):
             sampler.set(slot, params[slot], keys[slot])
@@ -94,7 +78,9 @@ def test_every_row_equals_the_oracle(vocab: int) -> None:
 def test_batch_does_not_matter(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(5)
     for vocab in (40, 1400):
-        params = [dataclasses.replace(random_params(rng, vocab), logprobs=int(rng.integers(3))) for _ in range(8)]
+        params = [
+            dataclasses.replace(oracle.random_params(rng, vocab), logprobs=int(rng.integers(3))) for _ in range(8)
+        ]
         logits = torch.from_numpy(random_logits(rng, 8, vocab)).to(dtype)
         together = Sampler(vocab, 8, banned_ids=BANNED)
         for slot in range(8):

@@ -74,27 +74,6 @@ def gumbel_ref(
     return -torch.log(-torch.log1p(-u))
 
 
-def sample_ref(
-    logits: Tensor, temperature: Tensor, key: Tensor, position: Tensor, stream: Tensor, attempt: Tensor
-) -> Tensor:
-    """Gumbel-max: argmax over ids of logits / temperature + gumbel, the lowest id among equals.
-
-    logits       [N, V] any float dtype; -inf = excluded
-    temperature  [N] float; 0 = argmax of the logits without noise
-    key          [N] int64, 64-bit patterns; position [N], stream [N] (word 2), attempt [N]: int64
-    returns      [N] int32; -1 for a row that holds NaN or +inf, or nothing above -inf: a flag, never a token
-    """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    raw = logits.to(dtype)
-    greedy = (temperature <= 0)[:, None]
-    ids = torch.arange(raw.shape[1], device=raw.device).expand_as(raw)
-    noise = gumbel_ref(ids, key, position, stream, attempt, dtype)
-    scaled = raw / torch.where(greedy, 1.0, temperature.to(dtype)[:, None])
-    best = torch.where(greedy, raw, scaled + noise).max(dim=-1)
-    sound = torch.isfinite(best.values) & torch.isfinite(raw.max(dim=-1).values)
-    return torch.where(sound, best.indices, -1).to(torch.int32)
-
-
 def philox_host(word0: Array, word1: Array, word2: Array, word3: Array, key: Array) -> Array:
     """philox_ref in numpy. Words: unsigned or signed integers of broadcastable shapes [...]; key uint64 [...].
 

@@ -81,7 +81,7 @@ class StepModel:
         """
         c, dtype, device = model.config, model.dtype, model.device
         self.config, self.weights, self.dtype, self.device = c, model.weights, dtype, device
-        self.kv, self.table, self.last, self.max_tokens, self.prefetch = kv, table, last, max_tokens, prefetch
+        self.kv, self.table, self.last, self.prefetch = kv, table, last, prefetch
         positions = min(c.max_positions, table.shape[1] * kv.shape[2])
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
         self.cis = torch.view_as_real(rope_table(c.rope, c.head_dim, positions, wide)).contiguous().to(device)

@@ -9,8 +9,8 @@
 A row's result depends on that row alone, whatever stands beside it in the batch. Rows without randomness, bias or
 penalty cost one argmax. Noise is drawn only for ids that can still win.
 
-It works on host memory in numpy, so logits on another device are copied here first; a device that keeps its own slot
-state samples with ops.sample instead. What a row costs stands in SPEED.md (`benchmarks/kernels.py --what sampler`).
+It works on host memory in numpy; on a GPU the same rules are kernels over runtime/slots.py. What a row costs stands in
+SPEED.md (`benchmarks/kernels.py --what sampler`).
 """
 
 from __future__ import annotations
