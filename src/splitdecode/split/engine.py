@@ -58,8 +58,10 @@ class Engine:
         config: EngineConfig,
         eos_ids: Pair[list[int]],
         max_len: Pair[int],
+        clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.runners, self.tokens, self.config, self.max_len = runners, tokens, config, max_len
+        """clock: seconds that never run backwards; arrival, first-token and finish times are read from it."""
+        self.runners, self.tokens, self.config, self.max_len, self.clock = runners, tokens, config, max_len, clock
         self.depth = config.depth or 1
         specs = tuple((runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r]) for r in Role)
         self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, self.depth)
@@ -71,7 +73,7 @@ class Engine:
 
     def add(self, choice: Choice) -> None:
         """Queues an answer; it starts when a handle is free."""
-        choice.metrics.arrival_time = choice.metrics.arrival_time or monotonic()
+        choice.metrics.arrival_time = choice.metrics.arrival_time or self.clock()
         self.waiting.append(choice)
 
     @property
@@ -192,7 +194,7 @@ class Engine:
 
     def _look_out(self) -> None:
         """First-token times, and the deltas of answers that stream."""
-        now = monotonic()
+        now = self.clock()
         for handle, choice in self.running.items():
             if choice.metrics.first_token_time is None and self.scheduler.content_size(handle):
                 choice.metrics.first_token_time = now
@@ -221,7 +223,7 @@ class Engine:
         metrics.handoffs += sequence.handoffs
         metrics.rejected_openings += sequence.rejected
         metrics.preemptions += self.scheduler.preempted(handle)
-        metrics.finished_time = monotonic()
+        metrics.finished_time = self.clock()
         if metrics.first_token_time is None and choice.output.token_ids:
             metrics.first_token_time = metrics.finished_time
         self._penalised -= choice.params.penalised
