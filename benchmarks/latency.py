@@ -44,24 +44,24 @@ def arguments() -> argparse.ArgumentParser:
     add("--modes", default=",".join(MODES), help="default %(default)s")
     add("--compare", choices=["transformers"], help="the same work on another library")
     add("--probe", action="store_true", help="forced hand-offs: the peer asks the small model at every large token")
-    add("--max-tokens", "--output-len", type=_natural, default=256, help="scale the trace to this, 0: do not (256)")
-    add("--input-len", type=_natural, default=0, help="tokens of the prompt (default: the trace's, scaled)")
-    add("--problems", type=_positive, default=4, help="problems for the embedded pair's own tags (4)")
-    add("--num-iters", type=_positive, default=5, help="counted runs (5)")
-    add("--num-iters-warmup", type=_natural, default=1, help="runs before them (1)")
-    add("--threads", type=_natural, default=1, help="threads torch computes with, 0: its own choice (1)")
+    add("--max-tokens", "--output-len", type=natural, default=256, help="scale the trace to this, 0: do not (256)")
+    add("--input-len", type=natural, default=0, help="tokens of the prompt (default: the trace's, scaled)")
+    add("--problems", type=positive, default=4, help="problems for the embedded pair's own tags (4)")
+    add("--num-iters", type=positive, default=5, help="counted runs (5)")
+    add("--num-iters-warmup", type=natural, default=1, help="runs before them (1)")
+    add("--threads", type=natural, default=1, help="threads torch computes with, 0: its own choice (1)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the file's; presets bfloat16, else float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--page-size", type=_positive, help="positions per cache page (16; on a GPU 64)")
-    add("--read-interval", type=_positive, default=4, help="large tokens between two readings (4)")
+    add("--page-size", type=positive, help="positions per cache page (16; on a GPU 64)")
+    add("--read-interval", type=positive, default=4, help="large tokens between two readings (4)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--headline", action="store_true", default=None, help="time per token at --context (on a GPU)")
     kind.add_argument("--end-to-end", dest="headline", action="store_false", help="whole requests (on a CPU)")
-    add("--context", type=_positive, default=4096, help="headline: positions before the middle of an answer (4096)")
+    add("--context", type=positive, default=4096, help="headline: positions before the middle of an answer (4096)")
     add("--offload", default="1.35,5,20", help="headline: percentages the large model writes (%(default)s)")
-    add("--segment", type=_positive, default=32, help="headline: tokens the large model writes at a time (32)")
+    add("--segment", type=positive, default=32, help="headline: tokens the large model writes at a time (32)")
     add("--catch-ups", default="64,128,256,512,1000,2048", help="headline: tokens caught up at once (%(default)s)")
-    add("--steps-per-graph", type=_positive, default=1, help="decode steps in one captured graph (1)")
+    add("--steps-per-graph", type=positive, default=1, help="decode steps in one captured graph (1)")
     add("--enforce-eager", action="store_true", help="no captured graphs")
     add("--programmatic-launch", action="store_true", help="programmatic dependent launch")
     add("--l2-prefetch", action="store_true", help="next weights into the L2 during attention")
@@ -164,14 +164,16 @@ def plot(document: dict[str, Any], file: Path) -> None:
     bar_plot(bars, f"{names}\n{where}", f"ms per token ({clock} time, quartiles)", file)
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """A whole number of a command line."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
     return int(text)
 
 
-def _positive(text: str) -> int:
-    if _natural(text) < 1:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if natural(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, found {text!r}")
     return int(text)
 

@@ -36,7 +36,7 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         """Everything that can be refused is refused here, before any model is loaded."""
         self.args = args
-        self.modes = _modes(args.modes)
+        self.modes = modes_of(args.modes)
         self.sources = Pair.of(lambda r: resolve(args.large if r else args.small, r, args.dtype))
         self.trace = self._trace()
         peer = versions() if args.compare else {}
@@ -44,7 +44,7 @@ class Measurement:
         check_fits(self.sources, length, args.device, copies=2 if args.compare else 1)
         use_threads(args.threads)
         self.machine = {**machine(args.device), **peer, "bandwidth_gbps": bandwidths(args.device)}
-        self.floors = self.sources.map(self._floor_ms)
+        self.floors = self.sources.map(lambda source: floor_ms(source, args.device))
         self.decoder = build(
             self.sources,
             length,
@@ -106,7 +106,7 @@ class Measurement:
     def _loops(self, jobs: list[Job]) -> dict[str, Callable[[], list[list[int]]]]:
         """The peer at the same work, by "mode, loop"."""
         roles = list(Role) if "split" in self.modes else [_ALONE[mode] for mode in self.modes]
-        peer = _peer(self.decoder, self.sources, roles, self.args.device)
+        peer = peer_of(self.decoder, self.sources, roles, self.args.device)
         loops: dict[str, Callable[[], list[list[int]]]] = {}
         for mode, role in _ALONE.items():
             if mode in self.modes:
@@ -142,10 +142,6 @@ class Measurement:
             "roofline_share": floor / trusted,
         }
 
-    def _floor_ms(self, source: Source) -> float:
-        """Streaming a model's weights once, at the bandwidth measured for as many bytes."""
-        return source.step_bytes / read_bandwidth(source.step_bytes, self.args.device) / 1e6
-
     def ratios(self) -> dict[str, float]:
         """How many times longer the peer takes per token, by the trusted clock."""
         rates = {mode: result["tokens_per_second"] for mode, result in self.results.items()}
@@ -157,7 +153,7 @@ class Measurement:
         return {
             "benchmark": "latency",
             "machine": self.machine,
-            "pair": {str(role): self._describe(role) for role in Role},
+            "pair": describe_pair(self.sources, self.decoder, self.floors),
             "settings": {
                 "device": args.device,
                 "page_size": args.page_size,
@@ -181,25 +177,38 @@ class Measurement:
             "times_faster_than_peer": self.ratios(),
         }
 
-    def _describe(self, role: Role) -> dict[str, Any]:
-        source, model = self.sources[role], self.decoder.models[role]
+
+def floor_ms(source: Source, device: str) -> float:
+    """Streaming a model's weights once, at the bandwidth measured for as many bytes."""
+    return source.step_bytes / read_bandwidth(source.step_bytes, device) / 1e6
+
+
+def describe_pair(sources: Pair[Source], decoder: SplitDecoder, floors: Pair[float]) -> dict[str, dict[str, Any]]:
+    """Names, sizes and floors, by role. floors: ms to stream each model's weights once."""
+
+    def one(role: Role) -> dict[str, Any]:
+        source = sources[role]
         return {
             "name": source.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(decoder.models[role].dtype).removeprefix("torch."),
             "weight_bytes_per_token": source.step_bytes,
-            "floor_ms_per_token": self.floors[role],
-            "read_gbps": source.step_bytes / self.floors[role] / 1e6,
+            "floor_ms_per_token": floors[role],
+            "read_gbps": source.step_bytes / floors[role] / 1e6,
         }
 
+    return {str(role): one(role) for role in Role}
 
-def _modes(text: str) -> list[str]:
+
+def modes_of(text: str) -> list[str]:
+    """The modes a command line names, in their usual order. RequestError for any other."""
     modes = text.split(",")
     if not modes or not set(modes) <= set(MODES):
         raise RequestError(f"--modes: found {text!r}, expected some of {','.join(MODES)}")
     return [mode for mode in MODES if mode in modes]
 
 
-def _peer(decoder: SplitDecoder, sources: Pair[Source], roles: list[Role], device: str) -> TransformersPeer:
+def peer_of(decoder: SplitDecoder, sources: Pair[Source], roles: list[Role], device: str) -> TransformersPeer:
+    """The same pair on transformers."""
     single = [ids[0] for ids in decoder.tokens.tag_ids if len(ids) == 1]
     tags = (single[0], single[1]) if len(single) == 2 else None
     ends = decoder.tokenizers.map(lambda t: [] if t.eos_id is None else [t.eos_id])

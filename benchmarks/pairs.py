@@ -132,11 +132,12 @@ def build(
     split_tags: bool,
     prefix_caching: bool = False,
     max_num_seqs: int = 4,
+    lanes: int = 1,
     **more: Any,
 ) -> SplitDecoder:
-    """Loads the pair for one sequence of `length` tokens. Without prefix caching every run prefills its prompt.
-    more: EngineConfig's fields."""
-    pages = 2 * (length + 2 * page_size)
+    """Loads the pair with room for `lanes` sequences of `length` tokens. Without prefix caching every run prefills its
+    prompt. more: EngineConfig's fields."""
+    pages = 2 * lanes * (length + 2 * page_size)
     options = EngineConfig(
         **more,
         page_size=page_size,

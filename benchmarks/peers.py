@@ -1,8 +1,10 @@
 """Benchmarks: the same work on Hugging Face transformers, the way one would do it without this runtime.
 
-Two models, one `generate()` call per turn, the whole prompt resent at each. Three loops:
+Two models, one `generate()` call per turn, the whole prompt resent at each. Four loops:
 
     alone    one model, n tokens
+    batched  one model, n tokens for each of many prompts at once: a static batch, padded on the left. Two models taking
+             turns cannot be batched: `generate()` has no sequence wait for another model
     told     the hand-offs are known beforehand: one call per segment, nothing is probed. It is spared what deciding
              costs (and large tokens written in vain); no real decoder can do this
     probing  the small model decides: large tokens in blocks, then the small model asked at every prefix of the block
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from pairs import Source
+from torch import Tensor
 
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.models.config import ModelConfig
@@ -46,6 +49,13 @@ class TransformersPeer:
     def alone(self, role: Role, prompt: list[int], tokens: int) -> list[int]:
         """n tokens by one model."""
         return self._generate(role, prompt, tokens)
+
+    def batched(self, role: Role, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+        """n tokens for each prompt by one model, all of them in one static batch."""
+        width = max(map(len, prompts))
+        given = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
+        return [self._folded(row) for row in self._run(role, given, mask, tokens, None)[:, width:].tolist()]
 
     def told(self, prompt: list[int], pieces: Pieces, probe: bool = False) -> list[int]:
         """Segments of given lengths; with `probe` the small model is asked at every large token all the same."""
@@ -97,17 +107,22 @@ class TransformersPeer:
         return span
 
     def _generate(self, role: Role, ids: list[int], tokens: int, stops: list[int] | None = None) -> list[int]:
-        model = self._models[role]
         given = torch.tensor([ids], device=self._device)
-        out = model.generate(
+        return self._folded(self._run(role, given, torch.ones_like(given), tokens, stops)[0, len(ids) :].tolist())
+
+    def _run(self, role: Role, given: Tensor, mask: Tensor, tokens: int, stops: list[int] | None) -> Tensor:
+        out: Tensor = self._models[role].generate(
             given,
-            attention_mask=torch.ones_like(given),
+            attention_mask=mask,
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=stops or None,
             pad_token_id=0,
         )
-        return [i if i < self._limit else i % self._limit for i in out[0, len(ids) :].tolist()]
+        return out
+
+    def _folded(self, ids: list[int]) -> list[int]:
+        return [i if i < self._limit else i % self._limit for i in ids]
 
 
 def versions() -> dict[str, str]:

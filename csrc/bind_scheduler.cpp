@@ -97,6 +97,15 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
             },
             "seq"_a, "lane"_a, "start"_a = 0, "stop"_a = -1, "Ids of a lane, int32 [stop - start].")
         .def(
+            "lane_logprobs",
+            [](Scheduler& self, int32_t seq, int32_t lane, int32_t from, int32_t to) {
+                const auto& logprobs = self.at(seq).lanes.at(static_cast<size_t>(lane)).logprobs;
+                const size_t end = std::min(logprobs.size(), static_cast<size_t>(to));
+                const auto begin = static_cast<size_t>(from);
+                return array_of<float>(end > begin ? end - begin : 0, [&](size_t i) { return logprobs[begin + i]; });
+            },
+            "seq"_a, "lane"_a, "start"_a, "stop"_a, "Log-probs beside lane_ids, NaN where the lane did not sample.")
+        .def(
             "counted_ids",
             [](Scheduler& self, int32_t seq, int32_t lane, int32_t to) {
                 const Lane& view = self.at(seq).lanes.at(static_cast<size_t>(lane));

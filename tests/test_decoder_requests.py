@@ -6,55 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
-from oracles.scripted import Scripted
-from oracles.tiny import PIECES, TAGS, ToyTokenizer
-from torch import Tensor
+from oracles.flaky import EOS, IDS, PROMPT, A, B, Broken, build, opened, pages
+from oracles.tiny import TAGS
 
-from splitdecode import (
-    ControlTags,
-    EngineConfig,
-    HandoffPolicy,
-    LargeOnly,
-    RequestError,
-    SamplingParams,
-    SmallOnly,
-    SplitDecoder,
-)
+from splitdecode import ControlTags, HandoffPolicy, LargeOnly, RequestError, SamplingParams, SmallOnly, SplitDecoder
 from splitdecode.split.roles import Pair, Role
 
-IDS = {piece: i for i, piece in enumerate(PIECES)}
-A, B, C, EOS = IDS["a"], IDS["b"], IDS["c"], 0
-PROMPT = [A, B, C]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
-
-
-class Flaky(Scripted):
-    """A scripted model that can be told to give NaN logits at a position, or to raise at a forward."""
-
-    nan_at = -1
-    raises_at = -1
-
-    def forward(self, batch: Any, kv: Tensor, rows: Tensor) -> Tensor:
-        if len(self.forwards) == self.raises_at:
-            self.forwards.append(-1)
-            raise RuntimeError("the device is gone")
-        logits = super().forward(batch, kv, rows).clone()
-        logits[batch.positions[rows].long() + 1 == self.nan_at, 2] = torch.nan
-        return logits
-
-
-def build(padding: Pair[int] | None = None, more: list[str] | None = None, **engine: Any) -> SplitDecoder:
-    """padding: rows of each model beyond its tokenizer; more: pieces only the large tokenizer knows."""
-    tokenizers = Pair(ToyTokenizer(PIECES), ToyTokenizer(PIECES))
-    tokenizers.large.token_bytes += [piece.encode() for piece in more or []]
-    tokenizers.large.size += len(more or [])
-    models = Pair.of(lambda r: Flaky(tokenizers[r].size + (padding[r] if padding else 0)))
-    config = EngineConfig(**{"kv_cache_memory": "1MiB", "page_size": 2, **engine})
-    decoder = SplitDecoder(models, tokenizers, eos_ids=Pair((EOS,), (EOS,)), config=config)  # type: ignore[arg-type]
-    for model in models:
-        model.table[:, C] = 0.0  # where nothing is scripted: c
-    return decoder
 
 
 def always(model: Any, logits: Mapping[int, float]) -> None:
@@ -65,11 +23,6 @@ def always(model: Any, logits: Mapping[int, float]) -> None:
 def text(decoder: SplitDecoder, handoff: HandoffPolicy | None = None, **params: Any) -> str:
     found: str = decoder.generate(PROMPT, SamplingParams(**{**GREEDY, **params}), handoff=handoff)[0].outputs[0].text
     return found
-
-
-def pages(decoder: SplitDecoder) -> list[int]:
-    decoder.engine.scheduler.check_invariants()
-    return [runner.cache.pool.in_use for runner in decoder.engine.runners]
 
 
 # ---- parameters
@@ -126,11 +79,6 @@ def test_ids_only_one_model_knows_are_never_sampled(policy: HandoffPolicy) -> No
 
 
 # ---- streams and aborts
-
-
-def opened(decoder: SplitDecoder) -> None:
-    """The small model writes `a`, opens, and the large one writes on."""
-    decoder.models.small.says(3, [A, *(IDS[piece] for piece in ("<", "big", "model", ">"))])
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -205,24 +153,6 @@ def test_the_context_manager_closes_on_errors() -> None:
 
 
 # ---- faults
-
-
-class Broken(ControlTags):
-    """Raises where it is told to."""
-
-    def __init__(self, method: str, position: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "fault", (method, position))
-
-    def owner(self, position: int) -> Role | None:
-        if self.fault == ("owner", position):  # type: ignore[attr-defined]
-            raise ZeroDivisionError("no such owner")
-        return super().owner(position)
-
-    def next_mark(self, position: int) -> int | None:
-        if self.fault == ("next_mark", position):  # type: ignore[attr-defined]
-            raise ZeroDivisionError("no such mark")
-        return super().next_mark(position)
 
 
 @pytest.mark.parametrize("fault", [("owner", 1), ("next_mark", 0), ("owner", 5)])

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from splitdecode.async_decoder import AsyncSplitDecoder
 from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.decoder import SplitDecoder
-from splitdecode.errors import CapacityError, CheckpointError, MissingExtraError, RequestError, SplitDecodeError
+from splitdecode.errors import (
+    CapacityError,
+    CheckpointError,
+    EngineError,
+    MissingExtraError,
+    RequestError,
+    SplitDecodeError,
+)
 from splitdecode.split.outputs import CompletionOutput, Delta, ModelSpan, RequestMetrics, RequestOutput
 from splitdecode.split.policies import (
     CloseRule,
@@ -19,6 +27,7 @@ from splitdecode.split.policies import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncSplitDecoder",
     "CapacityError",
     "CheckpointError",
     "CloseRule",
@@ -26,6 +35,7 @@ __all__ = [
     "ControlTags",
     "Delta",
     "EngineConfig",
+    "EngineError",
     "ForcedSpans",
     "HandoffPolicy",
     "LargeOnly",

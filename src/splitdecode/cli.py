@@ -22,6 +22,7 @@ from splitdecode.errors import RequestError, SplitDecodeError
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy, LargeOnly, RandomSwitch, SmallOnly
 from splitdecode.split.roles import Role
+from splitdecode.split.tracing import traced
 from splitdecode.terminal import legend, show
 
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="answer prompts, streamed in the authors' colours")
     command.add_argument("prompts", nargs="*", help="prompts; none: one per line from --file or standard input")
     command.add_argument("--file", type=Path, help="a file with one prompt per line")
+    command.add_argument("--chrome-trace", type=Path, metavar="FILE", help="record every step, for ui.perfetto.dev")
     _add_common(command)
     command.set_defaults(run=generate)
     command = commands.add_parser("chat", help="talk to a pair; an empty line or Ctrl-D ends it")
@@ -125,7 +127,7 @@ def generate(args: argparse.Namespace) -> int:
     """`splitdecode generate`: one prompt streams; many run together behind a progress bar."""
     prompts = args.prompts or _lines(args.file)
     console = Console(highlight=False)
-    with _decoder(args) as decoder:
+    with _decoder(args) as decoder, traced(decoder, args.chrome_trace):
         params, policy = _params(args, decoder), _policy(args)
         if len(prompts) == 1 and not args.json:
             console.print(legend())

@@ -96,6 +96,13 @@ class SamplingParams:
     seed                  None = the engine's; equal seeds give equal text
     logprobs              None = none, 0 = of the chosen token, k <= 20 = of the top k too; of the raw logits
     logit_bias            id -> -100..100
+
+    Budgets, None = none: what an answer may take of the model it hands the pen to (docs/handoff.md, Budgets).
+
+    max_large_tokens      that model's tokens in one answer; a span that reaches it is closed by force
+    max_offloads          hand-offs to that model in one answer; 0 = it never writes
+    max_offload_fraction  [0, 1]: that model's share of the tokens, mean over the answers that ask for this share
+    deadline_ms           since arrival: no span that would end later is opened, one that runs into it is closed
     """
 
     n: int = 1
@@ -116,6 +123,10 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     skip_special_tokens: bool = True
+    max_large_tokens: int | None = None
+    max_offloads: int | None = None
+    max_offload_fraction: float | None = None
+    deadline_ms: float | None = None
 
     def __post_init__(self) -> None:
         _int("n", self.n, 1, MAX_CHOICES)
@@ -136,6 +147,7 @@ class SamplingParams:
             _int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_budgets(self)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
@@ -179,6 +191,8 @@ class EngineConfig:
     read_interval            tokens the writing model may be ahead of its reader
     max_span                 tokens of one span before it is closed by force
     seed                     requests without their own draw theirs from it, one after another
+    max_large_tokens, max_offloads, max_offload_fraction, deadline_ms   SamplingParams' budgets, for every answer; of
+                             an engine's and a request's own the stricter one holds
     """
 
     page_size: int = 16
@@ -195,6 +209,10 @@ class EngineConfig:
     read_interval: int = 4
     max_span: int = 512
     seed: int = 0
+    max_large_tokens: int | None = None
+    max_offloads: int | None = None
+    max_offload_fraction: float | None = None
+    deadline_ms: float | None = None
 
     def __post_init__(self) -> None:
         _int("page_size", self.page_size, 1, 1024)
@@ -215,6 +233,7 @@ class EngineConfig:
         _int("read_interval", self.read_interval, 1, 2**16)
         _int("max_span", self.max_span, 1, MAX_POSITIONS)
         _int("seed", self.seed, -(2**63), 2**64 - 1)
+        _check_budgets(self)
 
     @property
     def max_draws(self) -> int:
@@ -254,6 +273,16 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
     if not good:
         bounds = f"{'above' if above else 'from'} {low:g}" + ("" if math.isinf(high) else f" to {high:g}")
         raise _wrong(name, value, f"a finite number {bounds}")
+
+
+def _check_budgets(limits: SamplingParams | EngineConfig) -> None:
+    for name, value in (("max_large_tokens", limits.max_large_tokens), ("max_offloads", limits.max_offloads)):
+        if value is not None:
+            _int(name, value, 0, MAX_POSITIONS)
+    if limits.max_offload_fraction is not None:
+        _number("max_offload_fraction", limits.max_offload_fraction, 0.0, 1.0)
+    if limits.deadline_ms is not None:
+        _number("deadline_ms", limits.deadline_ms, 0.0, math.inf)
 
 
 def _bool(name: str, value: object) -> None:

@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-from splitdecode.config import EngineConfig, SamplingParams, request_key
+from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.errors import CapacityError, RequestError
 from splitdecode.models import Transformer, load_model, open_checkpoint
 from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.requests import Requests, closing, gathered
 from splitdecode.runtime.device import DeviceRunner
 from splitdecode.runtime.kvcache import kv_token_bytes
 from splitdecode.runtime.runners import make_runner
 from splitdecode.split.engine import Choice, Engine
-from splitdecode.split.outputs import Delta, RequestMetrics, RequestOutput
-from splitdecode.split.policies import ControlTags, HandoffPolicy
-from splitdecode.split.prompts import Prompt, as_prompts, cache_salt, prompt_ids, with_hint
+from splitdecode.split.outputs import Delta, RequestOutput
+from splitdecode.split.policies import HandoffPolicy
+from splitdecode.split.prompts import Prompt, as_prompts, with_hint
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG, PairTokens
-from splitdecode.split.transcript import TextStream
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,8 +81,9 @@ class SplitDecoder:
         self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len)
         self._warm_up()
         self._requests: dict[str, list[Choice]] = {}
-        self._numbers, self._seeds = count(), count()
-        self._closed = False
+        self.requests = Requests(self.tokens, self.vocab_limits, self.max_len, config.seed)
+        self._numbers = count()
+        self._shut = ""  # why nothing more is taken
 
     # ---- construction
 
@@ -248,7 +249,22 @@ class SplitDecoder:
         """Aborts what is running. The decoder takes no further requests."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        self._closed = True
+        self._shut = self._shut or "this decoder is closed"
+
+    def take_over(self) -> Engine:
+        """The engine, for a driver on a thread of its own; from here on this decoder takes no requests itself.
+
+        Raises RequestError when it is closed, was taken over before, or has unfinished requests.
+        """
+        self._check_open()
+        if self.engine.unfinished:
+            raise RequestError(f"decoder: found {self.engine.unfinished} unfinished answers, expected one at rest")
+        self._shut = "this decoder is driven by an AsyncSplitDecoder: ask that one"
+        return self.engine
+
+    def _check_open(self) -> None:
+        if self._shut:
+            raise RequestError(self._shut)
 
     def __enter__(self) -> SplitDecoder:
         return self
@@ -284,35 +300,8 @@ class SplitDecoder:
         streams: bool = False,
     ) -> list[Choice]:
         """The choices of one request, checked; nothing is queued."""
-        if self._closed:
-            raise RequestError("this decoder is closed")
-        policy = handoff or ControlTags()
-        if not isinstance(policy, HandoffPolicy):
-            raise RequestError(f"handoff: found {type(policy).__name__}, expected a HandoffPolicy")
-        prompts = prompt_ids(self.tokens, prompt, other, self.vocab_limits)
-        writes_first = policy.owner(0) or Role.SMALL
-        for role in Role:
-            alone = role is Role.LARGE and writes_first is Role.SMALL  # then openings are refused, nothing else
-            if len(prompts[role]) >= self.max_len[role] and not alone:
-                raise RequestError(
-                    f"prompt: found {len(prompts[role])} tokens for the {role} model, expected fewer than "
-                    f"{self.max_len[role]} (its context, or its share of kv_cache_memory)"
-                )
-        for token in (*params.stop_ids, *(params.logit_bias or ())):
-            if token >= min(self.vocab_limits):
-                raise RequestError(f"stop_token_ids, logit_bias: found id {token}, expected ids below "
-                                   f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
-        seed = request_key(self.config.seed, next(self._seeds)) if params.seed is None else params.seed
-        metrics = RequestMetrics()
-        salt = cache_salt(prompt)
-        choices: list[Choice] = []
-        for index in range(params.n):
-            key = request_key(seed, index)
-            choice = Choice(prompts, params, policy.bind(key), key, index, metrics, salt)
-            choice.leader = choices[0] if choices else None
-            choice.stream = TextStream(index) if streams else None
-            choices.append(choice)
-        return choices
+        self._check_open()
+        return self.requests.choices(prompt, other, params, handoff, streams=streams)
 
     def _queue(self, choices: list[Choice], request_id: str | None) -> str:
         name = request_id or f"request-{next(self._numbers)}"
@@ -349,19 +338,13 @@ class SplitDecoder:
                 if not left:
                     break
                 self.engine.tick()
-            for choice in choices:
-                assert choice.output is not None
-                last = choice.output.spans[-1].model if choice.output.spans else str(Role.SMALL)
-                yield Delta("", last, choice.index, choice.output.finish_reason)
+            yield from closing(choices)
         finally:
             self.abort(request_id)
             self._requests.pop(request_id, None)
 
     def _collect(self, request_id: str, prompt: Prompt) -> RequestOutput:
-        choices = self._requests[request_id]
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, dict) else None
-        outputs = [choice.output for choice in choices if choice.output is not None]
-        return RequestOutput(request_id, text, choices[0].prompts[Role.SMALL], outputs, True, choices[0].metrics)
+        return gathered(request_id, prompt, self._requests[request_id])
 
 
 def engine_config(options: Mapping[str, Any]) -> EngineConfig:

@@ -19,6 +19,10 @@ class CapacityError(SplitDecodeError):
     """Memory, pages or positions that do not suffice; names the sizes."""
 
 
+class EngineError(SplitDecodeError):
+    """A step failed, or the thread that runs the steps; __cause__ is what it raised. The answer is lost."""
+
+
 class MissingExtraError(SplitDecodeError, ImportError):
     """An optional package is absent; names the extra that brings it."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from oracles.sampling import Margins, sample_row
-from oracles.words import Spec, enters, locate, longest_partial, whole_characters
+from oracles.words import Finished, Spec, enters, locate, longest_partial, nearest, whole_characters, with_tags
 
 from splitdecode.config import SamplingParams
 from splitdecode.split.policies import HandoffPolicy, Opening
@@ -18,10 +18,6 @@ from splitdecode.split.roles import Role
 
 SMALL, LARGE = Role.SMALL, Role.LARGE
 WRITE_SMALL, WRITE_LARGE, CLOSE, CONFIRM = range(4)
-
-
-class Finished(Exception):
-    """Nobody writes any more."""
 
 
 @dataclass
@@ -46,9 +42,9 @@ class Oracle:
         self.held: list[tuple[int, int]] = []  # (position, bytes already used) of small tokens not yet content
         self.attempt = (0, -1)
         self.given = [0, 0]  # content tokens each lane holds
-        self.span = 0
+        self.span = self.opened = 0
         try:
-            if self.policy.owner(0) is LARGE:
+            if self.policy.owner(0) is LARGE and self.granted():
                 self.take_over_by_position()
                 self.large_turn()
             while True:
@@ -188,14 +184,14 @@ class Oracle:
             outcome = "mark"
         while True:
             if outcome == "open":
-                if self.policy.opening is Opening.ACCEPT and self.fits():
+                if self.policy.opening is Opening.ACCEPT and self.fits() and self.granted():
                     return self.take_over()
                 outcome = self.refuse()
             if outcome == "mark":
                 if self.held or self.settled < len(self.lanes[0]):
                     del self.lanes[0][self.settled :]
                     self.held = []
-                if self.policy.owner(len(self.content)) is LARGE:
+                if self.policy.owner(len(self.content)) is LARGE and self.granted():
                     if not self.fits():
                         raise Finished("length")
                     return self.take_over_by_position()
@@ -227,16 +223,18 @@ class Oracle:
         return "mark" if self.mark is not None and len(self.content) >= self.mark else ""
 
     def raw_text(self) -> str:
-        """The text with its tags; for texts of whole characters. A tag inside a character stands before it."""
-        text = self.text if self.cut is None else self.text[: self.cut]
-        out, at = "", 0
-        for offset, kind in self.tag_log:
-            if offset <= len(text):
-                upto = len(text[:offset].decode("utf-8", "ignore"))
-                out, at = out + text.decode()[at:upto] + self.spec.tags[kind], upto
-        return out + text.decode()[at:]
+        """The text with its tags; for texts of whole characters."""
+        return with_tags(self.text if self.cut is None else self.text[: self.cut], self.tag_log, self.spec.tags)
 
     # -- changing hands
+
+    def tokens_left(self) -> float:
+        cap = self.params.max_large_tokens
+        return float("inf") if cap is None else cap - sum(author == LARGE for author, _ in self.content)
+
+    def granted(self) -> bool:
+        cap = self.params.max_offloads
+        return (cap is None or self.opened < cap) and self.tokens_left() > 0
 
     def owed(self, role: Role) -> list[int]:
         fresh = self.content[self.given[role] :]
@@ -276,13 +274,15 @@ class Oracle:
         self.lanes[1] += self.owed(LARGE)
         self.given[1] = len(self.content)
         self.span = len(self.content)
+        self.opened += 1
 
     # -- the large model writes
 
     def large_turn(self) -> None:
         """Writes until the small model has the pen."""
         tagged = self.policy.owner(len(self.content)) is None
-        self.mark = self.span + self.spec.max_span if tagged else self.policy.next_mark(self.span)
+        self.last = self.span + self.tokens_left()
+        self.mark = nearest(self.last, self.span + self.spec.max_span if tagged else self.policy.next_mark(self.span))
         if not self.policy.reads_along:
             return self.large_alone()
         waiting: list[int] = []  # tokens whose text ends inside a character: the small model cannot read them yet
@@ -352,8 +352,8 @@ class Oracle:
             if self.is_end(LARGE, token):
                 self.end(LARGE, token)
             if self.emit(LARGE, token):
-                if self.policy.owner(len(self.content)) is LARGE:
-                    self.mark = self.policy.next_mark(len(self.content))
+                if self.policy.owner(len(self.content)) is LARGE and self.tokens_left() > 0:
+                    self.mark = nearest(self.policy.next_mark(len(self.content)), self.last)
                     continue
                 return self.force()
 

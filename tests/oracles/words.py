@@ -1,4 +1,4 @@
-"""What the stream oracle knows of text, and of a pair: pieces of tags, whole characters, logits of a lane."""
+"""What the stream oracle knows of text, and of a pair: pieces of tags, whole characters, marks, logits of a lane."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import numpy as np
 import torch
 
 from splitdecode.split.roles import Role
+
+
+class Finished(Exception):
+    """Nobody writes any more."""
 
 
 @dataclass
@@ -43,6 +47,21 @@ def whole_characters(pieces: Iterable[bytes]) -> bool:
 def longest_partial(data: bytes, tags: list[bytes]) -> int:
     """Length of the longest proper beginning of a tag that `data` ends with."""
     return max((n for tag in tags for n in range(len(tag)) if n and data.endswith(tag[:n])), default=0)
+
+
+def nearest(*marks: float | None) -> float:
+    """The first of the content positions there are."""
+    return min(mark for mark in marks if mark is not None)
+
+
+def with_tags(text: bytes, tag_log: list[tuple[int, int]], tags: tuple[str, str]) -> str:
+    """A text with its tags, given as (bytes before it, kind). A tag inside a character stands before it."""
+    out, at = "", 0
+    for offset, kind in tag_log:
+        if offset <= len(text):
+            upto = len(text[:offset].decode("utf-8", "ignore"))
+            out, at = out + text.decode()[at:upto] + tags[kind], upto
+    return out + text.decode()[at:]
 
 
 def locate(pieces: list[tuple[int, int, bytes]], offset: int) -> tuple[int, int]:

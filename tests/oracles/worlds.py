@@ -93,6 +93,10 @@ def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> Sampling
         some["logit_bias"] = {0: -3.0, 1: 1.0}
     if rng.random() < 0.2:
         some["ignore_eos"] = True
+    if rng.random() < 0.2:
+        some["max_offloads"] = int(rng.integers(0, 4))
+    if rng.random() < 0.3:
+        some["max_large_tokens"] = int(rng.choice([0, 1, 2, 3, 5, 8]))
     if not greedy:
         some["temperature"] = float(rng.choice([0.5, 1.0, 1.5]))
         some["top_p"] = float(rng.choice([1.0, 0.9]))

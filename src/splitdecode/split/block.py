@@ -18,6 +18,7 @@ class Block:
     stretches: list[tuple[int, list[int]]]  # (large tokens, small ids)
     first: int  # small-lane position of the first draw
     start: int  # content position of its first token
+    by_stretch: bool  # a candidate is a stretch (CloseRule.CONTINUE), not a draw
     accepted: int = 0  # large tokens of the block that are content
     candidate: int = -1
     found: list[tuple[int, list[int]]] = field(default_factory=list)  # CONTINUE, "last": (candidate, continuation)
@@ -25,6 +26,12 @@ class Block:
     def tokens(self) -> int:
         """Large tokens of the block."""
         return sum(count for count, _ in self.stretches)
+
+    def prefix(self, candidate: int) -> int:
+        """Ids of the block before the candidate's first token."""
+        if self.by_stretch:
+            return sum(len(part) for _, part in self.stretches[: candidate + 1])
+        return self.first - self.base + candidate + 1
 
     def within(self, tokens: int) -> tuple[int, int]:
         """(large tokens, small ids) of the stretches that lie within the first `tokens` large tokens."""

@@ -21,11 +21,13 @@ from splitdecode.runtime.device import DeviceFlight
 from splitdecode.runtime.runner import Flight
 from splitdecode.runtime.runners import Runner
 from splitdecode.runtime.sampler import Counts
+from splitdecode.split.budget import Budgets
 from splitdecode.split.outputs import CompletionOutput, Delta, RequestMetrics
 from splitdecode.split.policies import HandoffPolicy
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.sequence import SplitSequence
 from splitdecode.split.tokens import PairTokens
+from splitdecode.split.tracing import Tracer
 from splitdecode.split.transcript import TextStream, Top, completion, count_models
 
 
@@ -69,12 +71,16 @@ class Engine:
         self.flights: Pair[deque[Flight | DeviceFlight]] = Pair(deque(), deque())
         self.waiting: deque[Choice] = deque()
         self.running: dict[int, Choice] = {}
+        self.tracer: Tracer | None = None
         self._penalised = 0
+        self.budgets = Budgets(config, clock)
 
     def add(self, choice: Choice) -> None:
         """Queues an answer; it starts when a handle is free."""
         choice.metrics.arrival_time = choice.metrics.arrival_time or self.clock()
         self.waiting.append(choice)
+        if self.tracer is not None:
+            self.tracer.arrived(self, choice)
 
     @property
     def unfinished(self) -> int:
@@ -109,6 +115,8 @@ class Engine:
         if choice in self.waiting:
             self.waiting.remove(choice)
             choice.output = CompletionOutput(choice.index, "", "", [], [], "abort", None)
+            if self.tracer is not None:
+                self.tracer.retired(self, choice)
         elif choice.sequence is not None and choice.output is None:
             self.scheduler.flush(choice.sequence.handle)
             choice.sequence.finish("abort")
@@ -136,17 +144,25 @@ class Engine:
             salt=choice.salt,
             leader=leads,
         )
-        for runner in self.runners:
-            runner.sampler.set(handle, params, choice.key)
+        for role in Role:
+            self.runners[role].sampler.set(handle, self.budgets.sampling(params, role), choice.key)
         self._penalised += params.penalised
-        choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle)
+        budget = self.budgets.of(params, choice.key, choice.metrics.arrival_time)
+        choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget)
         self.running[handle] = choice
+        if self.tracer is not None:
+            self.tracer.started(self, choice)
         self._apply(self._guarded(choice.sequence, choice.sequence.start), started=choice)
 
     # ---- stepping
 
     def _launch(self, role: Role, batch: Batch) -> Flight | DeviceFlight:
-        return self.runners[role].launch(batch, self._counts(role, batch) if self._penalised else ())
+        if self.tracer is not None:
+            self.tracer.planned(self, role, batch)
+        flight = self.runners[role].launch(batch, self._counts(role, batch) if self._penalised else ())
+        if self.tracer is not None:
+            self.tracer.launched(self, role, flight)
+        return flight
 
     def _counts(self, role: Role, batch: Batch) -> list[Counts]:
         """What penalties count, for the rows that have any: ids of the lane up to the row's token, tags left out."""
@@ -159,7 +175,10 @@ class Engine:
         return out
 
     def _land(self, role: Role) -> None:
-        flight = self.flights[role].popleft().land()
+        launched = self.flights[role].popleft()
+        flight = launched.land()
+        if self.tracer is not None:
+            self.tracer.landed(self, role, launched)
         if flight.top is not None and flight.draws is not None:
             for best, (_, seq, position, stream, _, _) in zip(flight.top, flight.draws.tolist(), strict=True):
                 if best is not None and seq in self.running:
@@ -170,6 +189,8 @@ class Engine:
     def _apply(self, events: list[Event], started: Choice | None = None) -> None:
         queue = deque(events)
         if started is not None:
+            if self.tracer is not None:
+                self.tracer.applied(self, started)
             self._retire_if_done(started)
         while queue:
             event = queue.popleft()
@@ -177,6 +198,8 @@ class Engine:
             if choice is None or choice.sequence is None:
                 continue
             queue.extend(self._guarded(choice.sequence, partial(choice.sequence.on, event)))
+            if self.tracer is not None:
+                self.tracer.applied(self, choice)
             self._retire_if_done(choice)
 
     def _guarded(self, sequence: SplitSequence, step: Callable[[], list[Event]]) -> list[Event]:
@@ -222,11 +245,14 @@ class Engine:
             self.runners[role].sampler.clear(handle)
         metrics.handoffs += sequence.handoffs
         metrics.rejected_openings += sequence.rejected
+        sequence.budget.settle(choice.output, metrics)
         metrics.preemptions += self.scheduler.preempted(handle)
         metrics.finished_time = self.clock()
         if metrics.first_token_time is None and choice.output.token_ids:
             metrics.first_token_time = metrics.finished_time
         self._penalised -= choice.params.penalised
+        if self.tracer is not None:
+            self.tracer.retired(self, choice)
         self.scheduler.finish(handle)
         del self.running[handle]
 

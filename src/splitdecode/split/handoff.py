@@ -2,14 +2,16 @@
 
 pen    event                                         -> pen    action
 SMALL  TAG        an opening tag completed              LARGE  SWITCH   nothing is copied: the lane owes pending ids
-SMALL  TAG        refused by the policy, or no room     SMALL  REJECT   rewound, drawn again without the tag
+SMALL  TAG        refused by policy or budget, no room  SMALL  REJECT   rewound, drawn again without the tag
 SMALL  MARK       a position the policy gives away      LARGE  TURN
+SMALL  MARK       the same, refused by a budget         SMALL  STAY
 LARGE  DUE        provisional tokens wait               LARGE  ASK      the small lane reads, a draw at each prefix
 LARGE  READ       no draw enters the closing tag        LARGE  ACCEPT   they are content; the large model writes on
 LARGE  READ       draw i does                           LARGE  CONFIRM  the small lane writes until the tag is whole
 LARGE  COMPLETED  it is whole                           SMALL  CLOSE    both lanes retarget to the cut
 LARGE  DIED       it is not                             LARGE  RESUME   the large text stands; the next prefix
 LARGE  MARK       the span's cap, or the policy's stop  SMALL  FORCE    closing-tag ids are put into the small lane
+LARGE  MARK       the budget is used up                 SMALL  FORCE
 LARGE  FULL       the large context is full             SMALL  FORCE
 any    MARK       the position changes nothing          same   STAY
 any    END, STOP, LENGTH, BROKEN; SMALL FULL            nobody FINISH
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from splitdecode._C import Event, EventKind
+from splitdecode.split.budget import Budget
 from splitdecode.split.policies import HandoffPolicy, Opening
 from splitdecode.split.roles import Role
 
@@ -56,18 +59,21 @@ TABLE = {
 class Handoff:
     """Who holds the pen, and when it changes hands."""
 
-    def __init__(self, policy: HandoffPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: HandoffPolicy, budget: Budget) -> None:
+        self.policy, self.budget = policy, budget
         self.pen = Role.SMALL
 
-    def on(self, event: Event, position: int, fits: Callable[[], bool]) -> Action:
-        """The row of the table: `position` is the content so far, `fits` whether the large lane has room for a span."""
+    def on(self, event: Event, position: int, fits: Callable[[], bool], granted: Callable[[], bool]) -> Action:
+        """The row of the table: `position` is the content so far, `fits` whether the large lane has room for a span,
+        `granted` whether the budget has: asked once, it keeps an account."""
         action = TABLE.get((self.pen, event.kind), Action.FINISH)
         owner = self.policy.owner(position)
-        if event.kind == EventKind.MARK and owner is self.pen:
+        if event.kind == EventKind.MARK and owner is self.pen and not self.budget.over(position):
             return Action.STAY
-        if action is Action.SWITCH and (self.policy.opening is Opening.REJECT or not fits()):
+        if action is Action.SWITCH and (self.policy.opening is Opening.REJECT or not fits() or not granted()):
             return Action.REJECT
+        if action is Action.TURN and not granted():
+            return Action.STAY
         if action is Action.TURN and not fits():
             return Action.FINISH
         if action is Action.CONFIRM and (event.a < 0 or owner is not None):

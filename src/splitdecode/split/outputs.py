@@ -78,11 +78,16 @@ class ModelMetrics:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Where a request's time and tokens went; sums over its choices. Times are seconds of time.monotonic()."""
+    """Where a request's time and tokens went; sums over its choices. Times are seconds of time.monotonic().
+
+    rejected_openings   opening tags that were drawn again, whatever for
+    budget_rejections   spans a budget kept from beginning, by reason: offloads, tokens, deadline, fraction
+    """
 
     models: Pair[ModelMetrics] = field(default_factory=lambda: Pair(ModelMetrics(), ModelMetrics()))
     handoffs: int = 0
     rejected_openings: int = 0
+    budget_rejections: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
     arrival_time: float = 0.0
     first_token_time: float | None = None

@@ -54,6 +54,10 @@ class HandoffPolicy:
         """The first content position after `position` at which owner() may differ."""
         return None
 
+    def trial(self, candidate: int) -> tuple[int, int, bool]:
+        """(steps, draw, waits): how a closing candidate is tried; `waits`: a block is settled when all were tried."""
+        return 0, candidate, False
+
 
 class SmallOnly(HandoffPolicy):
     """The small model writes everything; its tags are left out of the text."""
@@ -93,6 +97,11 @@ class ControlTags(HandoffPolicy):
 
     def owner(self, position: int) -> Role | None:
         return None
+
+    def trial(self, candidate: int) -> tuple[int, int, bool]:
+        if self.close_rule is CloseRule.CONTINUE:
+            return self.probe_tokens, -1, self.which == "last"
+        return super().trial(candidate)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ passed by the small model reading along. The scheduler owns ids, bytes and pages
 
 from __future__ import annotations
 
+from functools import partial
+
 from splitdecode._C import Event, EventKind, Phase, Scheduler
 from splitdecode.config import EngineConfig, SamplingParams, Stream
 from splitdecode.split.block import Block
+from splitdecode.split.budget import Budget
 from splitdecode.split.handoff import Action, Handoff
-from splitdecode.split.policies import CloseRule, ControlTags, HandoffPolicy, Opening
+from splitdecode.split.policies import CloseRule, HandoffPolicy, Opening
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import PairTokens
 
@@ -33,10 +36,12 @@ class SplitSequence:
         config: EngineConfig,
         params: SamplingParams,
         handle: int,
+        budget: Budget | None = None,
     ) -> None:
         self.scheduler, self.tokens, self.config, self.handle = scheduler, tokens, config, handle
         self.params = params
-        self.handoff = Handoff(policy)
+        self.budget = budget or Budget()
+        self.handoff = Handoff(policy, self.budget)
         self.policy = policy
         self.projected = Pair(0, 0)  # content tokens each lane holds
         self.mark: int | None = None  # content position at which the small model may have to give the pen away
@@ -52,13 +57,13 @@ class SplitSequence:
 
     def start(self) -> list[Event]:
         """Gives the first pen; returns the events this raised."""
-        if self.policy.owner(0) is not LARGE:
+        if self.policy.owner(0) is not LARGE or not self._granted():
             return self._write_on()
         return self._turn_to_large() if self._fits() else self.finish("length")
 
     def on(self, event: Event) -> list[Event]:
         """Applies one event; returns the events the action raised."""
-        action = self.handoff.on(event, self._position(), self._fits)
+        action = self.handoff.on(event, self._position(), self._fits, partial(self._granted, event))
         match action:
             case Action.SWITCH:
                 return self._switch(event)
@@ -123,7 +128,8 @@ class SplitSequence:
         self.scheduler.refuse(self.handle, SMALL)
         self.rejected += 1
         position = self._position()
-        if self.mark is not None and position >= self.mark and self.policy.owner(position) is LARGE:
+        at_mark = self.mark is not None and position >= self.mark and self.policy.owner(position) is LARGE
+        if at_mark and self._granted():
             return self._turn_to_large() if self._fits() else self.finish("length")  # the residue reached the mark
         return self._write_on()
 
@@ -144,15 +150,15 @@ class SplitSequence:
         self.handoff.pen = LARGE
         self.handoffs += 1
         self.span_start, self.span_base = self._position(), self._size(LARGE)
+        self.budget.open(self.span_start)
         return self._write_span()
 
     def _write_span(self) -> list[Event]:
         position = self._position()
         if not self.policy.reads_along:
-            mark = self.policy.next_mark(position)
-            return self.scheduler.write(
-                self.handle, LARGE, Phase.DIRECT, Stream.WRITE1.word(), mark=-1 if mark is None else mark
-            )
+            border = self.budget.border(position, self.config.read_interval)
+            mark = self._nearest(self.policy.next_mark(position), border)
+            return self.scheduler.write(self.handle, LARGE, Phase.DIRECT, Stream.WRITE1.word(), mark=mark)
         waiting = len(self.scheduler.provisional(self.handle))
         room = self.scheduler.room(self.handle, SMALL)
         if room <= 0 or (waiting and self.scheduler.has_ending(self.handle)):
@@ -166,7 +172,7 @@ class SplitSequence:
             Phase.PROVISIONAL,
             Stream.WRITE1.word(),
             interval=waiting + min(self.config.read_interval, room),
-            mark=self.span_start + self.config.max_span if by_tags else -1,
+            mark=self._nearest(self.span_start + self.config.max_span) if by_tags else -1,
         )
 
     def _ask(self) -> list[Event]:
@@ -191,27 +197,21 @@ class SplitSequence:
         flat = [i for _, part in fitting for i in part]
         opened = self._position() == self.span_start
         first = base + len(fitting[0][1]) - 1 if opened else base
-        self.block = Block(base, flat, fitting, first, start=self._position())
+        by_stretch = self.policy.close_rule is CloseRule.CONTINUE
+        self.block = Block(base, flat, fitting, first, self._position(), by_stretch)
         self._retarget(SMALL, base, flat)
-        if self.policy.close_rule is CloseRule.CONTINUE and self.policy.owner(self._position()) is None:
+        if by_stretch and self.policy.owner(self._position()) is None:
             return self._try(0)
         self.scheduler.read(self.handle, SMALL, self.block.first, Stream.CLOSE.word())
         return []
 
     # ---- LARGE has written, SMALL decides
 
-    def _prefix(self, candidate: int) -> int:
-        """Ids of the block before the candidate's first token."""
-        block = self._block()
-        if self.policy.close_rule is CloseRule.CONTINUE:
-            return sum(len(part) for _, part in block.stretches[: candidate + 1])
-        return block.first - block.base + candidate + 1
-
     def _try(self, candidate: int) -> list[Event]:
         block = self._block()
         block.candidate = candidate
-        prefix = self._prefix(candidate)
-        steps, draw, waits = self._rule(candidate)
+        prefix = block.prefix(candidate)
+        steps, draw, waits = self.policy.trial(candidate)
         if not waits and (events := self._accept(block.whole(prefix)[0])):
             return events
         if block.base + prefix >= self._limit(SMALL):
@@ -219,19 +219,12 @@ class SplitSequence:
         stream = Stream.CONFIRM.word()
         return self.scheduler.confirm(self.handle, SMALL, block.base + prefix, draw, steps, stream)
 
-    def _rule(self, candidate: int) -> tuple[int, int, bool]:
-        """(steps, draw, waits): how a candidate is tried; `waits`: the block is settled only when all were tried."""
-        rule = self.policy
-        if isinstance(rule, ControlTags) and rule.close_rule is CloseRule.CONTINUE:
-            return rule.probe_tokens, -1, rule.which == "last"
-        return 0, candidate, False
-
     def _completed(self, event: Event) -> list[Event]:
         block = self._block()
-        steps, _, waits = self._rule(block.candidate)
+        steps, _, waits = self.policy.trial(block.candidate)
         if not steps:
             return self._close(block.candidate)
-        start = block.base + self._prefix(block.candidate)
+        start = block.base + block.prefix(block.candidate)
         ids = [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, start, event.c)]
         block.found.append((block.candidate, ids + self._cut(event.c, event.d)))
         return self._resume() if waits else self._decided()
@@ -257,7 +250,7 @@ class SplitSequence:
         if not block.found:
             return self._accept_block()
         candidate, ids = block.found[-1]
-        prefix = self._prefix(candidate)
+        prefix = block.prefix(candidate)
         if events := self._accept(block.whole(prefix)[0]):
             return events
         self._retarget(SMALL, block.base + prefix, ids)
@@ -272,20 +265,19 @@ class SplitSequence:
     def _accept_block(self) -> list[Event]:
         block = self._block()
         if self.policy.owner(self.span_start) is not None:  # a forced span ends where the policy says
-            stop = self.policy.next_mark(self.span_start)
-            self.scheduler.set_mark(self.handle, -1 if stop is None else stop)
+            self.scheduler.set_mark(self.handle, self._nearest(self.policy.next_mark(self.span_start)))
         if self.scheduler.room(self.handle, SMALL) <= 0:
             self.scheduler.drop_ending(self.handle)  # the small context is full before the EOS would be read
         if events := self._accept(block.tokens(), ends=True):
             return events
-        return self._write_span()
+        return self._force() if self.budget.cut(self._position()) else self._write_span()
 
     # ---- back to SMALL
 
     def _close(self, candidate: int) -> list[Event]:
         """The small lane holds the closing tag behind the candidate's prefix; the rest of the large text is dropped."""
         block = self._block()
-        prefix = self._prefix(candidate)
+        prefix = block.prefix(candidate)
         _, ids = block.whole(prefix)
         self.scheduler.drop_provisional(self.handle)
         keep = self.span_base + self._position() - self.span_start
@@ -324,6 +316,7 @@ class SplitSequence:
 
     def _return_pen(self, scan_from: int) -> list[Event]:
         self.block = None
+        self.budget.close(self._position())
         self.projected[LARGE] = self.projected[SMALL] = self._position()
         return self._write_on(scan_from)
 
@@ -354,6 +347,17 @@ class SplitSequence:
 
     def _limit(self, role: Role) -> int:
         return self._size(role) + self.scheduler.room(self.handle, role)
+
+    def _granted(self, event: Event | None = None) -> bool:
+        """Whether the budget has a span left; `event`: the opening tag that asks, if it is none of the policy's."""
+        if event is None or event.kind != EventKind.TAG:
+            return self.budget.grants(self._position(), self._position())
+        logprobs = self.scheduler.lane_logprobs(self.handle, SMALL, event.b, event.c + 1).tolist()
+        return self.budget.grants(self._position(), event.b, sum(p for p in logprobs if p == p))
+
+    def _nearest(self, *marks: int | None) -> int:
+        """The first content position at which the running span may have to end; -1: there is none."""
+        return min((mark for mark in (*marks, self.budget.stop) if mark is not None), default=-1)
 
     def _fits(self) -> bool:
         """Whether the large lane can take what it owes and one token more."""
