@@ -16,7 +16,7 @@ bool Scheduler::is_end(const Sequence& sequence, int32_t lane, int32_t id) const
 }
 
 std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const float* logprobs, int32_t count,
-                                     double ms) {
+                                     double ms, double now) {
     auto& flights = flights_.at(lane_index(lane_id));
     if (flights.empty()) throw std::logic_error("commit without a flight in the air");
     int32_t expected = 0;
@@ -26,15 +26,25 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
                                     std::to_string(expected) + " logits rows");
     const Flight flight = std::move(flights.front());
     flights.pop_front();
+    now_ = std::max(now_, now);
+    pacer_.landed(lane_index(lane_id), ms);
     std::vector<Event> events;
     int32_t offset = 0;
-    for (const Row& row : flight.rows) {
+    const double share = ms / flight.tokens;
+    const auto ahead_of = [&](size_t row) -> const Sequence* {
+        return row < flight.rows.size() ? sequences_[static_cast<size_t>(flight.rows[row].seq)].get() : nullptr;
+    };
+    for (size_t i = 0; i < flight.rows.size(); ++i) {
+        const Row& row = flight.rows[i];
+        if (const Sequence* next = ahead_of(i + 16)) next->prefetch(lane_index(lane_id));
+        if (const Sequence* next = ahead_of(i + 6)) next->prefetch_ends(lane_index(lane_id));
         Sequence* sequence = sequences_[static_cast<size_t>(row.seq)].get();
         if (sequence != nullptr && row.epoch >= sequence->born) { // else its handle has a new owner
             Lane& lane = sequence->lanes[lane_index(lane_id)];
-            lane.stats.ms += ms * row.count / flight.tokens;
+            lane.stats.ms += share * row.count;
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
+                lane.ready = now_;
                 if (!row.steps) lane.cached = row.start + row.count;
                 // A step without draws tells nothing of its numbers: its pages wait for the first draw behind them.
                 if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events) && row.logits > 0)
@@ -120,6 +130,7 @@ void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_
     cancel_all(sequence);
     sequence.active = lane_id;
     lane.want = want;
+    lane.ready = now_;
     if (lane.cached > at_most) set_cached(lane, lane_id, at_most);
 }
 
@@ -138,7 +149,8 @@ void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::
            lane.ids[static_cast<size_t>(keep + same)] == ids[static_cast<size_t>(same)])
         ++same;
     lane.truncate(keep + same);
-    for (int32_t k = 0; k < same; ++k) lane.tag[static_cast<size_t>(keep + k)] = in_tag ? 1 : 0;
+    for (int32_t p = keep; p < keep + same; ++p)
+        if (in_tag || lane.tag.at(p) != 0) lane.tag.set(p, in_tag ? 1 : 0);
     for (int32_t k = same; k < added; ++k) lane.push(ids[static_cast<size_t>(k)], no_logprob, in_tag);
     if (lane.cached > keep + same) set_cached(lane, lane_id, keep + same);
     lane.stable = std::min(lane.stable, keep + same);
@@ -254,7 +266,7 @@ void Scheduler::check_lane(const Sequence& sequence, int32_t lane_id, std::vecto
     if (lane.inflight == 0 && lane.cached != lane.launched) fail("launched without a flight");
     if (lane.launched > have * size) fail("launched positions without pages");
     if (lane.digests.size() > lane.pages.size()) fail("more digests than pages");
-    if (lane.logprobs.size() != lane.ids.size() || lane.tag.size() != lane.ids.size()) fail("ragged id columns");
+    if (lane.logprobs.size() > lane.ids.size() || lane.tag.size() > lane.ids.size()) fail("columns beyond its ids");
     if (lane.stable > lane.size()) fail("stable beyond its ids");
     if (!sequence.resident && have != 0) fail("pages of a sequence that is not resident");
     for (int32_t p = lane.cached / size; p < have; ++p)
@@ -266,12 +278,12 @@ void Scheduler::check_lane(const Sequence& sequence, int32_t lane_id, std::vecto
 
 void Scheduler::check_invariants() {
     int32_t residents = 0;
-    for (int32_t handle : order_) residents += at(handle).resident ? 1 : 0;
+    for (const Sequence* sequence : order_) residents += sequence->resident ? 1 : 0;
     if (residents != residents_) throw std::logic_error("resident count is off");
     for (size_t i = 0; i < specs_.size(); ++i) {
         const auto lane_id = static_cast<int32_t>(i);
         std::vector<int32_t> owners(static_cast<size_t>(pool(lane_id).num_pages()), 0);
-        for (int32_t handle : order_) check_lane(at(handle), lane_id, owners);
+        for (const Sequence* sequence : order_) check_lane(*sequence, lane_id, owners);
         for (const Limbo& waiting : limbo_[i]) ++owners[static_cast<size_t>(waiting.page)];
         for (int32_t page = 0; page < pool(lane_id).num_pages(); ++page)
             if (owners[static_cast<size_t>(page)] != pool(lane_id).owners(page))

@@ -31,7 +31,7 @@ template <typename T, typename Get> nb::object array_of(size_t n, Get get) {
 static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Out& tokens, const Out& positions,
                                          const Out& slots, const Out& cu_q, const Out& kv_len, const Out& page_indptr,
                                          const Out& pages, const Out& row_seq, const Out& row_steps, const Out& logits,
-                                         int32_t steps) {
+                                         int32_t steps, double now) {
     const auto least = [](size_t a, size_t b) { return static_cast<int32_t>(a < b ? a : b); };
     if (cu_q.size() == 0 || page_indptr.size() == 0) throw std::invalid_argument("plan: no room for an offset");
     if (steps < 1) throw std::invalid_argument("plan: steps must be at least 1");
@@ -42,7 +42,7 @@ static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Ou
                       pages.data(), row_seq.data(), row_steps.data(), logits.data(),
                       least(tokens.size(), least(positions.size(), slots.size())), rows,
                       static_cast<int32_t>(pages.size()), static_cast<int32_t>(logits.size() / 6)},
-                     steps);
+                     steps, now);
 }
 
 static nb::dict lane_stats(const LaneStats& stats) {
@@ -101,9 +101,8 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
             [](Scheduler& self, int32_t seq, int32_t lane, int32_t to) {
                 const Lane& view = self.at(seq).lanes.at(static_cast<size_t>(lane));
                 std::vector<int32_t> ids;
-                for (auto p = static_cast<size_t>(view.prompt_len); p < static_cast<size_t>(to) && p < view.ids.size();
-                     ++p)
-                    if (view.tag[p] == 0) ids.push_back(view.ids[p]);
+                for (int32_t p = view.prompt_len; p < std::min(to, view.size()); ++p)
+                    if (view.tag.at(p) == 0) ids.push_back(view.ids[static_cast<size_t>(p)]);
                 return array_of<int32_t>(ids.size(), [&](size_t i) { return ids[i]; });
             },
             "seq"_a, "lane"_a, "stop"_a, "What penalties count: ids behind the prompt, tags left out.")
@@ -246,15 +245,16 @@ void bind_scheduler(nb::module_& m) {
             "lanes: ((PagePool, Vocabulary, max_len, eos_ids), ...); tags: [opening, closing].")
         .def(
             "add",
-            [](Scheduler& self, std::vector<std::vector<int32_t>> prompts, int32_t max_tokens, int32_t min_tokens,
-               bool ignore_eos, bool skip_special, bool include_stop, bool exact, std::vector<int32_t> stop_ids,
-               const std::vector<nb::bytes>& stops, const nb::bytes& salt, int32_t leader) {
+            [](Scheduler& self, const std::vector<std::vector<int32_t>>& prompts, int32_t max_tokens,
+               int32_t min_tokens, bool ignore_eos, bool skip_special, bool include_stop, bool exact,
+               std::vector<int32_t> stop_ids, const std::vector<nb::bytes>& stops, const nb::bytes& salt,
+               int32_t leader) {
                 splitdecode::Limits limits{max_tokens,   min_tokens, ignore_eos,          skip_special,
                                            include_stop, exact,      std::move(stop_ids), {}};
                 for (const nb::bytes& stop : stops)
                     limits.stops.emplace_back(static_cast<const char*>(stop.data()), stop.size());
-                return self.add(std::move(prompts), std::move(limits),
-                                {static_cast<const char*>(salt.data()), salt.size()}, leader);
+                return self.add(prompts, std::move(limits), {static_cast<const char*>(salt.data()), salt.size()},
+                                leader);
             },
             "prompts"_a, "max_tokens"_a, "min_tokens"_a, "ignore_eos"_a, "skip_special"_a, "include_stop"_a, "exact"_a,
             "stop_ids"_a, "stops"_a, "salt"_a, "leader"_a, "A handle; the sequence rests until write().")
@@ -263,24 +263,30 @@ void bind_scheduler(nb::module_& m) {
             "plan",
             [](Scheduler& self, int32_t lane, const Out& tokens, const Out& positions, const Out& slots,
                const Out& cu_q, const Out& kv_len, const Out& page_indptr, const Out& pages, const Out& row_seq,
-               const Out& row_steps, const Out& logits, int32_t steps) {
+               const Out& row_steps, const Out& logits, int32_t steps, double now) {
                 const auto n = plan_into(self, lane, tokens, positions, slots, cu_q, kv_len, page_indptr, pages,
-                                         row_seq, row_steps, logits, steps);
+                                         row_seq, row_steps, logits, steps, now);
                 return nb::make_tuple(n.tokens, n.rows, n.pages, n.logits, n.steps);
             },
             "lane"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(), "cu_q"_a.noconvert(),
             "kv_len"_a.noconvert(), "page_indptr"_a.noconvert(), "pages"_a.noconvert(), "row_seq"_a.noconvert(),
-            "row_steps"_a.noconvert(), "logits"_a.noconvert(), nb::kw_only(), "steps"_a = 1,
+            "row_steps"_a.noconvert(), "logits"_a.noconvert(), nb::kw_only(), "steps"_a = 1, "now"_a = 0.0,
             "Packs the next step of a lane, or up to `steps` when all it does is decode: (tokens, rows, pages, logits "
-            "rows, steps).")
+            "rows, steps). now: milliseconds that never run backwards.")
         .def(
             "commit",
-            [](Scheduler& self, int32_t lane, const Ids& ids, const Floats& logprobs, double ms) {
+            [](Scheduler& self, int32_t lane, const Ids& ids, const Floats& logprobs, double ms, double now) {
                 if (ids.size() != logprobs.size())
                     throw std::invalid_argument("commit: ids and logprobs differ in length");
-                return self.commit(lane, ids.data(), logprobs.data(), static_cast<int32_t>(ids.size()), ms);
+                return self.commit(lane, ids.data(), logprobs.data(), static_cast<int32_t>(ids.size()), ms, now);
             },
-            "lane"_a, "ids"_a.noconvert(), "logprobs"_a.noconvert(), "ms"_a, "Lands the lane's oldest flight.")
+            "lane"_a, "ids"_a.noconvert(), "logprobs"_a.noconvert(), "ms"_a, "now"_a = 0.0,
+            "Lands the lane's oldest flight.")
+        .def("pace", &Scheduler::pace, "patience"_a, "max_wait_ms"_a,
+             "Hand-off batching: how long a slow lane waits for a batch (csrc/pacer.hpp). ValueError below 0.")
+        .def(
+            "step_ms", [](Scheduler& self, int32_t lane) { return self.pacer().step_ms(static_cast<size_t>(lane)); },
+            "lane"_a, "Running mean of the lane's step times; 0 before the first.")
         .def("discard_flight", &Scheduler::discard_flight, "lane"_a, "Lands the newest flight unseen: its step failed.")
         .def("in_flight", &Scheduler::in_flight, "lane"_a)
         .def("enters", &Scheduler::enters, "lane"_a, "pattern"_a, "token_id"_a)

@@ -12,6 +12,7 @@
 // all of its pages in every pool. So nobody holds pages of one pool while waiting for another's.
 #pragma once
 
+#include "pacer.hpp"
 #include "sequence.hpp"
 
 #include <cstdint>
@@ -61,14 +62,17 @@ class Scheduler {
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
 
-    int32_t add(std::vector<std::vector<int32_t>> prompts, Limits limits, const std::string& salt, int32_t leader);
+    int32_t add(const std::vector<std::vector<int32_t>>& prompts, Limits limits, const std::string& salt,
+                int32_t leader);
     void finish(int32_t seq);
     // steps: where every row is one decode, a flight may take that many steps in a row. The arrays then describe the
-    // first; pages cover all of them.
-    PlanCounts plan(int32_t lane, const PlanBuffers& out, int32_t steps = 1);
+    // first; pages cover all of them. now: milliseconds that never run backwards. No rows: nothing is pending, or the
+    // lane is held back (pacer.hpp).
+    PlanCounts plan(int32_t lane, const PlanBuffers& out, int32_t steps = 1, double now = 0.0);
     // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight, a row's steps side by side
     // (-1: NaN); ms: its duration.
-    std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms);
+    std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms,
+                              double now = 0.0);
     // Lands the newest flight without looking at it: the step failed.
     void discard_flight(int32_t lane);
     int32_t in_flight(int32_t lane) const { return static_cast<int32_t>(flights_.at(lane_index(lane)).size()); }
@@ -90,6 +94,9 @@ class Scheduler {
     int32_t room(int32_t seq, int32_t lane) { return spec(lane).max_len - at(seq).lanes.at(lane_index(lane)).size(); }
     bool enters(int32_t lane, int32_t pattern, int32_t id) const;
     int32_t preemptions() const { return preemptions_; }
+    // Hand-off batching; off until it is set.
+    void pace(double patience, double max_wait_ms) { pacer_.set(patience, max_wait_ms); }
+    const Pacer& pacer() const { return pacer_; }
     void check_invariants();
 
   private:
@@ -107,14 +114,24 @@ class Scheduler {
         int64_t until;
         int32_t page;
     };
+    struct Candidate {
+        Sequence* sequence;
+        int32_t count; // pending tokens it could run
+    };
 
+    static int32_t pages_for(int32_t tokens, int32_t page_size) { return (tokens + page_size - 1) / page_size; }
+    // The page of a position; mostly the last one of `pages`, which spares a division.
+    static int32_t page_of(int32_t position, int32_t page_size, const std::vector<int32_t>& pages) {
+        const int32_t last = static_cast<int32_t>(pages.size()) - 1, within = position - last * page_size;
+        return within >= 0 && within < page_size ? last : position / page_size;
+    }
     static size_t lane_index(int32_t lane) { return static_cast<size_t>(lane); }
     Lane& lane_of(int32_t seq, int32_t lane) { return at(seq).lanes.at(lane_index(lane)); }
     PagePool& pool(int32_t lane) { return *specs_[lane_index(lane)].pool; }
     void admit();
     int32_t pages_owed(const Sequence& sequence) const;
     void adopt_prefix(Sequence& sequence, int32_t lane);
-    bool reserve(size_t order_index, int32_t lane, int32_t upto);
+    bool reserve(Sequence& sequence, int32_t lane, int32_t need);
     void preempt(Sequence& sequence);
     void drop_pages(Lane& lane, int32_t lane_id, int32_t keep_pages);
     void set_cached(Lane& lane, int32_t lane_id, int32_t cached);
@@ -125,7 +142,7 @@ class Scheduler {
     void land_limbo(int32_t lane);
     bool exact(const Sequence& sequence) const;
     int32_t launchable(const Sequence& sequence, const Lane& lane) const;
-    bool only_decodes(int32_t lane);
+    Demand survey(int32_t lane);
     int32_t decode_steps(const Sequence& sequence, int32_t lane, int32_t most);
     void pack(Sequence& sequence, int32_t lane, int32_t count, int32_t steps, const PlanBuffers& out,
               PlanCounts& counts, Flight& flight);
@@ -139,11 +156,17 @@ class Scheduler {
 
     std::vector<LaneSpec> specs_;
     ByteMatcher tags_, closer_;
-    std::vector<std::vector<std::vector<uint8_t>>> enters_; // [lane][pattern][id]
+    std::vector<std::vector<uint8_t>> enters_; // [lane][id]: Words::enters
+    std::vector<Words> words_;                 // by lane
     int32_t max_seqs_, depth_;
     std::vector<std::unique_ptr<Sequence>> sequences_; // by handle; null: free
     std::vector<int32_t> free_handles_;
-    std::vector<int32_t> order_; // handles by arrival
+    std::vector<Sequence*> order_;      // by arrival
+    std::vector<Candidate> candidates_; // of the plan being made
+    bool only_decodes_ = true;          // all that is pending on its lane is the next token of lanes that write
+    int32_t urgent_ = 0;                // tokens its short rows owe
+    Pacer pacer_;
+    double now_ = 0.0;
     std::vector<std::deque<Flight>> flights_;
     std::vector<std::deque<Limbo>> limbo_;
     std::vector<int64_t> launched_flights_;
