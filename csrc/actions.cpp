@@ -132,6 +132,8 @@ void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_
     lane.want = want;
     lane.ready = now_;
     if (lane.cached > at_most) set_cached(lane, lane_id, at_most);
+    trim_shelf(lane, lane_id, at_most);
+    sequence.hurried = false;
 }
 
 void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::vector<int32_t>& ids, bool in_tag) {
@@ -142,7 +144,7 @@ void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::
     for (int32_t id : ids)
         if (id < 0 || id >= spec(lane_id).vocabulary->size())
             throw std::out_of_range("retarget: id " + std::to_string(id) + " is not in the vocabulary");
-    cancel(lane, lane_id);
+    if (lane.want != Want::FILL || keep < lane.size()) cancel(lane, lane_id);
     const auto added = static_cast<int32_t>(ids.size());
     int32_t same = 0;
     while (same < added && keep + same < lane.size() &&
@@ -153,6 +155,7 @@ void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::
         if (in_tag || lane.tag.at(p) != 0) lane.tag.set(p, in_tag ? 1 : 0);
     for (int32_t k = same; k < added; ++k) lane.push(ids[static_cast<size_t>(k)], no_logprob, in_tag);
     if (lane.cached > keep + same) set_cached(lane, lane_id, keep + same);
+    trim_shelf(lane, lane_id, keep + same);
     lane.stable = std::min(lane.stable, keep + same);
 }
 
@@ -269,11 +272,15 @@ void Scheduler::check_lane(const Sequence& sequence, int32_t lane_id, std::vecto
     if (lane.logprobs.size() > lane.ids.size() || lane.tag.size() > lane.ids.size()) fail("columns beyond its ids");
     if (lane.stable > lane.size()) fail("stable beyond its ids");
     if (!sequence.resident && have != 0) fail("pages of a sequence that is not resident");
+    if (lane.shelved > lane.size()) fail("shelved beyond its ids");
+    if (lane.shelved > 0 && lane.cached > 0) fail("in pages and on the shelf");
+    if (static_cast<int32_t>(lane.shelf.size()) != pages_for(lane.shelved, size))
+        fail("shelf pages for other positions");
     for (int32_t p = lane.cached / size; p < have; ++p)
         if (p * size < lane.launched && lane.cached < lane.launched && p > lane.cached / size &&
             pool(lane_id).immutable(lane.pages[static_cast<size_t>(p)]))
             fail("a page that is written is immutable");
-    for (int32_t page : lane.pages) ++owners[static_cast<size_t>(page)];
+    for (int32_t page : lane.pages) ++owners[static_cast<size_t>(pool(lane_id).index_of(page))];
 }
 
 void Scheduler::check_invariants() {
@@ -284,15 +291,18 @@ void Scheduler::check_invariants() {
         const auto lane_id = static_cast<int32_t>(i);
         std::vector<int32_t> owners(static_cast<size_t>(pool(lane_id).num_pages()), 0);
         for (const Sequence* sequence : order_) check_lane(*sequence, lane_id, owners);
-        for (const Limbo& waiting : limbo_[i]) ++owners[static_cast<size_t>(waiting.page)];
-        for (int32_t page = 0; page < pool(lane_id).num_pages(); ++page)
-            if (owners[static_cast<size_t>(page)] != pool(lane_id).owners(page))
+        for (const Limbo& waiting : limbo_[i]) ++owners[static_cast<size_t>(pool(lane_id).index_of(waiting.page))];
+        for (int32_t k = 0; k < pool(lane_id).num_pages(); ++k) {
+            const int32_t page = pool(lane_id).page_of(k), lanes = owners[static_cast<size_t>(k)];
+            if (lanes != pool(lane_id).owners(page))
                 throw std::logic_error("pool " + std::to_string(i) + ", page " + std::to_string(page) + ": " +
                                        std::to_string(pool(lane_id).owners(page)) + " owners, " +
-                                       std::to_string(owners[static_cast<size_t>(page)]) + " lanes hold it");
+                                       std::to_string(lanes) + " lanes hold it");
+        }
         if (flights_[i].empty() && !limbo_[i].empty()) throw std::logic_error("limbo outlived its flights");
         pool(lane_id).check_invariants();
     }
+    if (arena_ != nullptr) arena_->check_invariants();
 }
 
 } // namespace splitdecode

@@ -65,6 +65,7 @@ static nb::dict lane_state(const Lane& lane) {
     out["size"] = lane.size();
     out["prompt_len"] = lane.prompt_len;
     out["cached"] = lane.cached;
+    out["shelved"] = lane.shelved;
     out["launched"] = lane.launched;
     out["inflight"] = lane.inflight;
     out["epoch"] = lane.epoch;
@@ -216,6 +217,18 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
         .def("refuse", &Scheduler::refuse, "seq"_a, "lane"_a)
         .def(
             "set_mark", [](Scheduler& self, int32_t seq, int32_t mark) { self.at(seq).mark = mark; }, "seq"_a, "mark"_a)
+        .def(
+            "projected",
+            [](Scheduler& self, int32_t seq, int32_t lane) {
+                return self.at(seq).lanes.at(static_cast<size_t>(lane)).projected;
+            },
+            "seq"_a, "lane"_a, "Content tokens the lane's ids hold.")
+        .def(
+            "set_projected",
+            [](Scheduler& self, int32_t seq, int32_t lane, int32_t count) {
+                self.at(seq).lanes.at(static_cast<size_t>(lane)).projected = count;
+            },
+            "seq"_a, "lane"_a, "count"_a)
         .def("log_tag", &Scheduler::log_tag, "seq"_a, "pattern"_a)
         .def(
             "size",
@@ -237,12 +250,13 @@ void bind_scheduler(nb::module_& m) {
                 for (nb::handle item : lanes) {
                     const auto spec = nb::cast<nb::tuple>(item);
                     specs.push_back({nb::cast<splitdecode::PagePool*>(spec[0]), nb::cast<Vocabulary*>(spec[1]),
-                                     nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3])});
+                                     nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3]),
+                                     spec.size() > 4 ? nb::cast<splitdecode::PagePool*>(spec[4]) : nullptr});
                 }
                 new (self) Scheduler(std::move(specs), tags, max_seqs, depth);
             },
             "lanes"_a, "tags"_a, "max_seqs"_a, "depth"_a, nb::keep_alive<1, 2>(),
-            "lanes: ((PagePool, Vocabulary, max_len, eos_ids), ...); tags: [opening, closing].")
+            "lanes: ((PagePool, Vocabulary, max_len, eos_ids[, shelf PagePool]), ...); tags: [opening, closing].")
         .def(
             "add",
             [](Scheduler& self, const std::vector<std::vector<int32_t>>& prompts, int32_t max_tokens,
@@ -287,11 +301,28 @@ void bind_scheduler(nb::module_& m) {
         .def(
             "step_ms", [](Scheduler& self, int32_t lane) { return self.pacer().step_ms(static_cast<size_t>(lane)); },
             "lane"_a, "Running mean of the lane's step times; 0 before the first.")
+        .def("share", &Scheduler::share, "arena"_a, nb::keep_alive<1, 2>(), "One memory for all pools.")
+        .def("fill", &Scheduler::fill, "lane"_a, "free_tokens"_a, "chunk"_a,
+             "Tokens a step takes for the price of one; what is worth a step of its own. ValueError below 0 and 1.")
+        .def("mirror", &Scheduler::mirror, "seq"_a, "lane"_a, "The lane runs the content ahead of need; -1: none does.")
+        .def("hurry", &Scheduler::hurry, "seq"_a, "The mirrored lane is likely to be asked soon.")
+        .def(
+            "take_transfers",
+            [](Scheduler& self, int32_t lane) {
+                const auto moves = self.take_transfers(lane);
+                return array_of<int32_t>(3 * moves.size(), [&](size_t i) {
+                    const splitdecode::Transfer& move = moves[i / 3];
+                    return i % 3 == 0 ? move.page : i % 3 == 1 ? move.shelf_page : static_cast<int32_t>(move.out);
+                });
+            },
+            "lane"_a, "Copies the caller owes before the planned step, in order: int32 [3 n] of page, shelf page, out.")
         .def("discard_flight", &Scheduler::discard_flight, "lane"_a, "Lands the newest flight unseen: its step failed.")
         .def("in_flight", &Scheduler::in_flight, "lane"_a)
         .def("enters", &Scheduler::enters, "lane"_a, "pattern"_a, "token_id"_a)
         .def_prop_ro("unfinished", &Scheduler::unfinished)
         .def_prop_ro("preemptions", &Scheduler::preemptions)
+        .def_prop_ro("idle_evictions", &Scheduler::idle_evictions)
+        .def_prop_ro("evicted_tokens", &Scheduler::evicted_tokens)
         .def("check_invariants", &Scheduler::check_invariants);
     bind_views(scheduler);
     bind_decisions(scheduler);

@@ -21,7 +21,7 @@ bool Scheduler::exact(const Sequence& sequence) const {
 
 int32_t Scheduler::launchable(const Sequence& sequence, const Lane& lane) const {
     if (lane.inflight >= (exact(sequence) ? 1 : depth_)) return 0;
-    if (lane.launched < lane.size()) return lane.size() - lane.launched;
+    if (lane.launched < lane.size()) return lane.size() - std::max(lane.launched, lane.shelved);
     if (lane.want != Want::WRITE || lane.launched == 0) return 0;
     const int32_t outstanding = lane.launched - lane.size() + 1; // samples whose ids the host has not heard yet
     const int32_t max_len = specs_[static_cast<size_t>(sequence.active)].max_len;
@@ -45,17 +45,23 @@ int32_t Scheduler::decode_steps(const Sequence& sequence, int32_t lane_id, int32
 Demand Scheduler::survey(int32_t lane_id) {
     Demand demand;
     candidates_.clear();
+    fills_.clear();
     only_decodes_ = true;
     urgent_ = 0;
     for (size_t i = 0; i < order_.size(); ++i) {
         if (i + ahead < order_.size()) order_[i + ahead]->prefetch(lane_index(lane_id));
         Sequence& sequence = *order_[i];
-        if (sequence.active != lane_id || !sequence.resident || sequence.phase == Phase::FROZEN) continue;
+        if (sequence.active != lane_id) {
+            const int32_t owed = sequence.mirror == lane_id ? ahead_of_need(sequence, lane_id) : 0;
+            if (owed > 0) fills_.push_back({&sequence, owed});
+            continue;
+        }
+        if (!sequence.resident || sequence.phase == Phase::FROZEN) continue;
         Lane& lane = sequence.lanes[lane_index(lane_id)];
         if (lane.want == Want::IDLE) continue;
         only_decodes_ =
             only_decodes_ && lane.want == Want::WRITE && lane.launched > 0 && lane.launched + 1 >= lane.size();
-        if (lane.pages.empty() && lane.inflight == 0) adopt_prefix(sequence, lane_id);
+        if (lane.pages.empty() && lane.inflight == 0 && lane.shelved == 0) adopt_prefix(sequence, lane_id);
         const int32_t count = launchable(sequence, lane);
         if (count <= 0) continue;
         candidates_.push_back({&sequence, count});
@@ -74,7 +80,7 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
     now_ = std::max(now_, now);
     admit();
     const Demand demand = survey(lane_id);
-    if (pacer_.holds(index, demand)) {
+    if (demand.rows > 0 && pacer_.holds(index, demand)) {
         pacer_.launched(index, 0);
         return counts;
     }
@@ -97,6 +103,7 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
             if (sequence.limits.exact) count = std::min(count, std::max(1, lane.read_from + 1 - lane.launched));
         }
         if (count <= 0 || counts.logits >= out.max_logits || !sequence.resident) continue;
+        if (lane.shelved > 0 && !take_from_shelf(sequence, lane_id)) continue;
         const int32_t own_steps = steps > 1 ? decode_steps(sequence, lane_id, steps) : 1;
         const int32_t end = lane.launched + count + own_steps - 1;
         const int32_t pages = page_of(end - 1, pool(lane_id).page_size(), lane.pages) + 1;
@@ -104,12 +111,35 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
         if (counts.pages + pages > out.max_pages) break;
         pack(sequence, lane_id, count, own_steps, out, counts, flight);
     }
+    if (steps == 1) pack_fills(lane_id, out, counts, flight);
     pacer_.launched(index, counts.rows);
     if (counts.rows > 0) {
         ++launched_flights_[index];
         flights_[index].push_back(std::move(flight));
     }
     return counts;
+}
+
+// Lanes that will owe: in the room that costs nothing, or in steps of their own when enough has gathered. Nobody loses
+// a page for it.
+void Scheduler::pack_fills(int32_t lane_id, const PlanBuffers& out, PlanCounts& counts, Flight& flight) {
+    const auto index = lane_index(lane_id);
+    const int32_t room = counts.rows > 0 ? free_tokens_[index] : 0;
+    for (const Candidate& fill : fills_) {
+        Sequence& sequence = *fill.sequence;
+        Lane& lane = sequence.lanes[index];
+        const bool worth = sequence.hurried || fill.count >= fill_chunk_[index];
+        const int32_t limit = std::min(worth ? out.max_tokens : room, out.max_tokens) - counts.tokens;
+        if (limit <= 0 || counts.rows >= out.max_rows || !sequence.resident) continue;
+        if (lane.pages.empty()) adopt_prefix(sequence, lane_id);
+        const int32_t count = std::min(limit, ahead_of_need(sequence, lane_id));
+        const int32_t end = lane.launched + count, pages = pages_for(end, pool(lane_id).page_size());
+        const int32_t fresh = pages - static_cast<int32_t>(lane.pages.size());
+        if (count <= 0 || fresh > pool(lane_id).available() || counts.pages + pages > out.max_pages) continue;
+        if (!reserve(sequence, lane_id, pages)) continue;
+        project(sequence, lane_id, count);
+        pack(sequence, lane_id, count, 1, out, counts, flight);
+    }
 }
 
 void Scheduler::pack(Sequence& sequence, int32_t lane_id, int32_t count, int32_t steps, const PlanBuffers& out,

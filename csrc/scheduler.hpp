@@ -12,6 +12,7 @@
 // all of its pages in every pool. So nobody holds pages of one pool while waiting for another's.
 #pragma once
 
+#include "arena.hpp"
 #include "pacer.hpp"
 #include "sequence.hpp"
 
@@ -19,6 +20,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace splitdecode {
@@ -44,6 +46,13 @@ struct LaneSpec {
     const Vocabulary* vocabulary;
     int32_t max_len;
     std::vector<int32_t> eos_ids;
+    PagePool* shelf = nullptr; // where the caches of idle lanes may be kept; its pages hold as many positions
+};
+
+// A page to be copied before the step that was just planned; in the order given.
+struct Transfer {
+    int32_t page, shelf_page;
+    bool out; // to the shelf, or back
 };
 
 struct WriteMode {
@@ -97,6 +106,20 @@ class Scheduler {
     // Hand-off batching; off until it is set.
     void pace(double patience, double max_wait_ms) { pacer_.set(patience, max_wait_ms); }
     const Pacer& pacer() const { return pacer_; }
+    // One memory for all pools; it outlives the scheduler.
+    void share(Arena* arena) { arena_ = arena; }
+    // A step of the lane costs as much for `free_tokens` as for one. With a mirror (see below) what a lane will owe
+    // rides along in that room; `chunk` of it or more is worth a step of its own.
+    void fill(int32_t lane, int32_t free_tokens, int32_t chunk);
+    // The lane runs the content ahead of need, while another lane writes; -1: no lane does. Ids must mean the same to
+    // both.
+    void mirror(int32_t seq, int32_t lane) { at(seq).mirror = static_cast<int8_t>(lane); }
+    // The mirrored lane is likely to be asked soon.
+    void hurry(int32_t seq) { at(seq).hurried = true; }
+    // Copies the caller owes, oldest first; none remain.
+    std::vector<Transfer> take_transfers(int32_t lane) { return std::exchange(transfers_.at(lane_index(lane)), {}); }
+    int64_t idle_evictions() const { return idle_evictions_; }
+    int64_t evicted_tokens() const { return evicted_tokens_; }
     void check_invariants();
 
   private:
@@ -131,7 +154,17 @@ class Scheduler {
     void admit();
     int32_t pages_owed(const Sequence& sequence) const;
     void adopt_prefix(Sequence& sequence, int32_t lane);
+    void trim_shelf(Lane& lane, int32_t lane_id, int32_t keep);
+    void put_on_shelf(Lane& lane, int32_t lane_id);
+    bool take_from_shelf(Sequence& sequence, int32_t lane);
+    bool evict_idle(int32_t lane, const Sequence& keep, int32_t keep_lane);
+    bool starts_anew(Sequence& sequence);
+    int32_t find_page(Sequence& sequence, int32_t lane);
     bool reserve(Sequence& sequence, int32_t lane, int32_t need);
+    bool waits_for_flights(int32_t lane) const;
+    int32_t ahead_of_need(const Sequence& sequence, int32_t lane) const;
+    void project(Sequence& sequence, int32_t lane, int32_t most);
+    void pack_fills(int32_t lane, const PlanBuffers& out, PlanCounts& counts, Flight& flight);
     void preempt(Sequence& sequence);
     void drop_pages(Lane& lane, int32_t lane_id, int32_t keep_pages);
     void set_cached(Lane& lane, int32_t lane_id, int32_t cached);
@@ -165,7 +198,12 @@ class Scheduler {
     std::vector<Candidate> candidates_; // of the plan being made
     bool only_decodes_ = true;          // all that is pending on its lane is the next token of lanes that write
     int32_t urgent_ = 0;                // tokens its short rows owe
+    std::vector<Candidate> fills_;      // lanes that could run ahead of need
     Pacer pacer_;
+    Arena* arena_ = nullptr;
+    std::vector<int32_t> free_tokens_, fill_chunk_; // by lane
+    std::vector<std::vector<Transfer>> transfers_;
+    int64_t idle_evictions_ = 0, evicted_tokens_ = 0;
     double now_ = 0.0;
     std::vector<std::deque<Flight>> flights_;
     std::vector<std::deque<Limbo>> limbo_;

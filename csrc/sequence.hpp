@@ -43,8 +43,8 @@ struct Event {
     int32_t a = -1, b = -1, c = -1, d = -1;
 };
 
-// What is asked of a lane.
-enum class Want : int32_t { IDLE, WRITE, READ };
+// What is asked of a lane. FILL: nothing yet; it runs what it will owe, where that is cheap.
+enum class Want : int32_t { IDLE, WRITE, READ, FILL };
 // What becomes of the tokens the active lane samples.
 enum class Phase : int32_t { FROZEN, DIRECT, SCAN, PROVISIONAL, READ, CONFIRM };
 
@@ -94,11 +94,14 @@ struct alignas(64) Lane {
     uint32_t epoch = 0;
     Want want = Want::IDLE;
     int32_t next_page = 0; // positions at which the next page is full and may be published
+    int32_t projected = 0; // content tokens its ids hold
+    int32_t shelved = 0;   // positions whose K/V is on the shelf instead; 0: none
     LaneStats stats;
     int32_t attempt = 0, attempt_at = -1; // how often an opening was refused at that position
 
     std::vector<Digest> digests;        // of the leading full pages that are published or adopted
     Digest root{};                      // where their chain begins: the request's salt
+    std::vector<int32_t> shelf;         // the shelf's pages, covering [0, shelved)
     Column<float> logprobs{no_logprob}; // NaN where this model did not sample the token
     Column<uint8_t> tag{0};             // 1 inside a control tag
 
@@ -160,6 +163,8 @@ class Sequence {
     int32_t text_end = -1; // set by a stop string: where the text is cut
     bool open_is_event = true;
     bool resident = false;
+    int8_t mirror = -1;   // lane that runs the content ahead of need while another writes; -1: none
+    bool hurried = false; // it should do so now
     bool holding = false; // the active lane is scanned for tags, so its tail may be held
   private:
     int32_t tag_state_ = ByteMatcher::start;
@@ -180,6 +185,7 @@ class Sequence {
     int32_t followers = 0;
     int64_t arrival = 0;
     int32_t preemptions = 0;
+    int64_t alone_at = 0;                             // ids of its lanes when it last started anew as the only resident
     std::vector<std::pair<int32_t, int32_t>> tag_log; // (content bytes before it, pattern)
     ContentToken ending{-1, 0, 0, no_logprob, 0};     // an EOS or stop token behind the provisional ones; id -1: none
     std::vector<int32_t> draws;
