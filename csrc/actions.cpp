@@ -128,6 +128,7 @@ void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_
     Lane& lane = sequence.lanes[lane_index(lane_id)];
     if (lane.ids.empty()) throw std::invalid_argument("a lane without ids has nothing to run");
     cancel_all(sequence);
+    if (lane.launched > at_most) cancel(lane, lane_id);
     sequence.active = lane_id;
     lane.want = want;
     lane.ready = now_;

@@ -228,13 +228,14 @@ bool Scheduler::waits_for_flights(int32_t lane_id) const {
 
 // ---- content ahead of need -----------------------------------------------------------------------------------------
 
-// What a mirrored lane would run now if it were asked: its pending ids and content it does not hold yet.
+// What a mirrored lane may run now: its pending ids and content it does not hold yet, but for the last token. Behind
+// that one a draw will be wanted, so it waits for its turn.
 int32_t Scheduler::ahead_of_need(const Sequence& sequence, int32_t lane_id) const {
     const Lane& lane = sequence.lanes[lane_index(lane_id)];
     if (sequence.mirror != lane_id || !sequence.resident || lane.shelved > 0 || lane.inflight > 0) return 0;
     if (sequence.phase != Phase::SCAN && sequence.phase != Phase::DIRECT) return 0;
     const int32_t room = spec(lane_id).max_len - 1 - lane.size();
-    return lane.size() - lane.launched +
+    return lane.size() - lane.launched - 1 +
            std::clamp(static_cast<int32_t>(sequence.content.size()) - lane.projected, 0, std::max(0, room));
 }
 
