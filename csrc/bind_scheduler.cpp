@@ -249,14 +249,16 @@ void bind_scheduler(nb::module_& m) {
                 std::vector<splitdecode::LaneSpec> specs;
                 for (nb::handle item : lanes) {
                     const auto spec = nb::cast<nb::tuple>(item);
-                    specs.push_back({nb::cast<splitdecode::PagePool*>(spec[0]), nb::cast<Vocabulary*>(spec[1]),
-                                     nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3]),
-                                     spec.size() > 4 ? nb::cast<splitdecode::PagePool*>(spec[4]) : nullptr});
+                    specs.push_back(
+                        {nb::cast<splitdecode::PagePool*>(spec[0]), nb::cast<Vocabulary*>(spec[1]),
+                         nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3]),
+                         spec.size() > 4 && !spec[4].is_none() ? nb::cast<splitdecode::PagePool*>(spec[4]) : nullptr});
                 }
                 new (self) Scheduler(std::move(specs), tags, max_seqs, depth);
             },
             "lanes"_a, "tags"_a, "max_seqs"_a, "depth"_a, nb::keep_alive<1, 2>(),
-            "lanes: ((PagePool, Vocabulary, max_len, eos_ids[, shelf PagePool]), ...); tags: [opening, closing].")
+            "lanes: ((PagePool, Vocabulary, max_len, eos_ids[, shelf PagePool or None]), ...); tags: [opening, "
+            "closing].")
         .def(
             "add",
             [](Scheduler& self, const std::vector<std::vector<int32_t>>& prompts, int32_t max_tokens,
