@@ -116,14 +116,12 @@ def on_meta(config: Any, dtype: Any) -> Any:
     return model
 
 
-def meta_runner(model: Any, num_pages: int, config: Any, max_len: int, vocab_limit: int, **ids: Any) -> Any:
+def meta_runner(model: Any, cache: Any, config: Any, max_len: int, vocab_limit: int, **ids: Any) -> Any:
     """Stands in for runtime.runners.make_runner."""
     from splitdecode.ops import step_ops
     from splitdecode.runtime.device import DeviceRunner
-    from splitdecode.runtime.kvcache import KVCache
     from splitdecode.runtime.slots import DeviceSlots
 
-    cache = KVCache(model, num_pages, config.page_size, False, null_page=True)
     slots = DeviceSlots(vocab_limit, config.max_num_seqs, META, torch.float32, **ids)
     ops = step_ops(META, pdl=config.programmatic_launch, launchers=True)
     return DeviceRunner(model, cache, slots, config, max_len, ops=ops)

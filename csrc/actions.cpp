@@ -16,7 +16,7 @@ bool Scheduler::is_end(const Sequence& sequence, int32_t lane, int32_t id) const
 }
 
 std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const float* logprobs, int32_t count,
-                                     double ms) {
+                                     double ms, double now) {
     auto& flights = flights_.at(lane_index(lane_id));
     if (flights.empty()) throw std::logic_error("commit without a flight in the air");
     int32_t expected = 0;
@@ -26,15 +26,25 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
                                     std::to_string(expected) + " logits rows");
     const Flight flight = std::move(flights.front());
     flights.pop_front();
+    now_ = std::max(now_, now);
+    pacer_.landed(lane_index(lane_id), ms);
     std::vector<Event> events;
     int32_t offset = 0;
-    for (const Row& row : flight.rows) {
+    const double share = ms / flight.tokens;
+    const auto ahead_of = [&](size_t row) -> const Sequence* {
+        return row < flight.rows.size() ? sequences_[static_cast<size_t>(flight.rows[row].seq)].get() : nullptr;
+    };
+    for (size_t i = 0; i < flight.rows.size(); ++i) {
+        const Row& row = flight.rows[i];
+        if (const Sequence* next = ahead_of(i + 16)) next->prefetch(lane_index(lane_id));
+        if (const Sequence* next = ahead_of(i + 6)) next->prefetch_ends(lane_index(lane_id));
         Sequence* sequence = sequences_[static_cast<size_t>(row.seq)].get();
         if (sequence != nullptr && row.epoch >= sequence->born) { // else its handle has a new owner
             Lane& lane = sequence->lanes[lane_index(lane_id)];
-            lane.stats.ms += ms * row.count / flight.tokens;
+            lane.stats.ms += share * row.count;
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
+                lane.ready = now_;
                 if (!row.steps) lane.cached = row.start + row.count;
                 // A step without draws tells nothing of its numbers: its pages wait for the first draw behind them.
                 if (commit_row(row, *sequence, lane_id, ids + offset, logprobs + offset, events) && row.logits > 0)
@@ -118,9 +128,13 @@ void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_
     Lane& lane = sequence.lanes[lane_index(lane_id)];
     if (lane.ids.empty()) throw std::invalid_argument("a lane without ids has nothing to run");
     cancel_all(sequence);
+    if (lane.launched > at_most) cancel(lane, lane_id);
     sequence.active = lane_id;
     lane.want = want;
+    lane.ready = now_;
     if (lane.cached > at_most) set_cached(lane, lane_id, at_most);
+    trim_shelf(lane, lane_id, at_most);
+    sequence.hurried = false;
 }
 
 void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::vector<int32_t>& ids, bool in_tag) {
@@ -131,16 +145,18 @@ void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::
     for (int32_t id : ids)
         if (id < 0 || id >= spec(lane_id).vocabulary->size())
             throw std::out_of_range("retarget: id " + std::to_string(id) + " is not in the vocabulary");
-    cancel(lane, lane_id);
+    if (lane.want != Want::FILL || keep < lane.size()) cancel(lane, lane_id);
     const auto added = static_cast<int32_t>(ids.size());
     int32_t same = 0;
     while (same < added && keep + same < lane.size() &&
            lane.ids[static_cast<size_t>(keep + same)] == ids[static_cast<size_t>(same)])
         ++same;
     lane.truncate(keep + same);
-    for (int32_t k = 0; k < same; ++k) lane.tag[static_cast<size_t>(keep + k)] = in_tag ? 1 : 0;
+    for (int32_t p = keep; p < keep + same; ++p)
+        if (in_tag || lane.tag.at(p) != 0) lane.tag.set(p, in_tag ? 1 : 0);
     for (int32_t k = same; k < added; ++k) lane.push(ids[static_cast<size_t>(k)], no_logprob, in_tag);
     if (lane.cached > keep + same) set_cached(lane, lane_id, keep + same);
+    trim_shelf(lane, lane_id, keep + same);
     lane.stable = std::min(lane.stable, keep + same);
 }
 
@@ -254,33 +270,40 @@ void Scheduler::check_lane(const Sequence& sequence, int32_t lane_id, std::vecto
     if (lane.inflight == 0 && lane.cached != lane.launched) fail("launched without a flight");
     if (lane.launched > have * size) fail("launched positions without pages");
     if (lane.digests.size() > lane.pages.size()) fail("more digests than pages");
-    if (lane.logprobs.size() != lane.ids.size() || lane.tag.size() != lane.ids.size()) fail("ragged id columns");
+    if (lane.logprobs.size() > lane.ids.size() || lane.tag.size() > lane.ids.size()) fail("columns beyond its ids");
     if (lane.stable > lane.size()) fail("stable beyond its ids");
     if (!sequence.resident && have != 0) fail("pages of a sequence that is not resident");
+    if (lane.shelved > lane.size()) fail("shelved beyond its ids");
+    if (lane.shelved > 0 && lane.cached > 0) fail("in pages and on the shelf");
+    if (static_cast<int32_t>(lane.shelf.size()) != pages_for(lane.shelved, size))
+        fail("shelf pages for other positions");
     for (int32_t p = lane.cached / size; p < have; ++p)
         if (p * size < lane.launched && lane.cached < lane.launched && p > lane.cached / size &&
             pool(lane_id).immutable(lane.pages[static_cast<size_t>(p)]))
             fail("a page that is written is immutable");
-    for (int32_t page : lane.pages) ++owners[static_cast<size_t>(page)];
+    for (int32_t page : lane.pages) ++owners[static_cast<size_t>(pool(lane_id).index_of(page))];
 }
 
 void Scheduler::check_invariants() {
     int32_t residents = 0;
-    for (int32_t handle : order_) residents += at(handle).resident ? 1 : 0;
+    for (const Sequence* sequence : order_) residents += sequence->resident ? 1 : 0;
     if (residents != residents_) throw std::logic_error("resident count is off");
     for (size_t i = 0; i < specs_.size(); ++i) {
         const auto lane_id = static_cast<int32_t>(i);
         std::vector<int32_t> owners(static_cast<size_t>(pool(lane_id).num_pages()), 0);
-        for (int32_t handle : order_) check_lane(at(handle), lane_id, owners);
-        for (const Limbo& waiting : limbo_[i]) ++owners[static_cast<size_t>(waiting.page)];
-        for (int32_t page = 0; page < pool(lane_id).num_pages(); ++page)
-            if (owners[static_cast<size_t>(page)] != pool(lane_id).owners(page))
+        for (const Sequence* sequence : order_) check_lane(*sequence, lane_id, owners);
+        for (const Limbo& waiting : limbo_[i]) ++owners[static_cast<size_t>(pool(lane_id).index_of(waiting.page))];
+        for (int32_t k = 0; k < pool(lane_id).num_pages(); ++k) {
+            const int32_t page = pool(lane_id).page_of(k), lanes = owners[static_cast<size_t>(k)];
+            if (lanes != pool(lane_id).owners(page))
                 throw std::logic_error("pool " + std::to_string(i) + ", page " + std::to_string(page) + ": " +
                                        std::to_string(pool(lane_id).owners(page)) + " owners, " +
-                                       std::to_string(owners[static_cast<size_t>(page)]) + " lanes hold it");
+                                       std::to_string(lanes) + " lanes hold it");
+        }
         if (flights_[i].empty() && !limbo_[i].empty()) throw std::logic_error("limbo outlived its flights");
         pool(lane_id).check_invariants();
     }
+    if (arena_ != nullptr) arena_->check_invariants();
 }
 
 } // namespace splitdecode

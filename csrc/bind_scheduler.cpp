@@ -31,7 +31,7 @@ template <typename T, typename Get> nb::object array_of(size_t n, Get get) {
 static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Out& tokens, const Out& positions,
                                          const Out& slots, const Out& cu_q, const Out& kv_len, const Out& page_indptr,
                                          const Out& pages, const Out& row_seq, const Out& row_steps, const Out& logits,
-                                         int32_t steps) {
+                                         int32_t steps, double now) {
     const auto least = [](size_t a, size_t b) { return static_cast<int32_t>(a < b ? a : b); };
     if (cu_q.size() == 0 || page_indptr.size() == 0) throw std::invalid_argument("plan: no room for an offset");
     if (steps < 1) throw std::invalid_argument("plan: steps must be at least 1");
@@ -42,7 +42,7 @@ static splitdecode::PlanCounts plan_into(Scheduler& self, int32_t lane, const Ou
                       pages.data(), row_seq.data(), row_steps.data(), logits.data(),
                       least(tokens.size(), least(positions.size(), slots.size())), rows,
                       static_cast<int32_t>(pages.size()), static_cast<int32_t>(logits.size() / 6)},
-                     steps);
+                     steps, now);
 }
 
 static nb::dict lane_stats(const LaneStats& stats) {
@@ -65,6 +65,7 @@ static nb::dict lane_state(const Lane& lane) {
     out["size"] = lane.size();
     out["prompt_len"] = lane.prompt_len;
     out["cached"] = lane.cached;
+    out["shelved"] = lane.shelved;
     out["launched"] = lane.launched;
     out["inflight"] = lane.inflight;
     out["epoch"] = lane.epoch;
@@ -99,10 +100,10 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
         .def(
             "lane_logprobs",
             [](Scheduler& self, int32_t seq, int32_t lane, int32_t from, int32_t to) {
-                const auto& logprobs = self.at(seq).lanes.at(static_cast<size_t>(lane)).logprobs;
-                const size_t end = std::min(logprobs.size(), static_cast<size_t>(to));
-                const auto begin = static_cast<size_t>(from);
-                return array_of<float>(end > begin ? end - begin : 0, [&](size_t i) { return logprobs[begin + i]; });
+                const Lane& view = self.at(seq).lanes.at(static_cast<size_t>(lane));
+                const int32_t end = std::min(view.size(), to);
+                return array_of<float>(end > from ? static_cast<size_t>(end - from) : 0,
+                                       [&](size_t i) { return view.logprobs.at(from + static_cast<int32_t>(i)); });
             },
             "seq"_a, "lane"_a, "start"_a, "stop"_a, "Log-probs beside lane_ids, NaN where the lane did not sample.")
         .def(
@@ -110,9 +111,8 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
             [](Scheduler& self, int32_t seq, int32_t lane, int32_t to) {
                 const Lane& view = self.at(seq).lanes.at(static_cast<size_t>(lane));
                 std::vector<int32_t> ids;
-                for (auto p = static_cast<size_t>(view.prompt_len); p < static_cast<size_t>(to) && p < view.ids.size();
-                     ++p)
-                    if (view.tag[p] == 0) ids.push_back(view.ids[p]);
+                for (int32_t p = view.prompt_len; p < std::min(to, view.size()); ++p)
+                    if (view.tag.at(p) == 0) ids.push_back(view.ids[static_cast<size_t>(p)]);
                 return array_of<int32_t>(ids.size(), [&](size_t i) { return ids[i]; });
             },
             "seq"_a, "lane"_a, "stop"_a, "What penalties count: ids behind the prompt, tags left out.")
@@ -226,6 +226,18 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
         .def("refuse", &Scheduler::refuse, "seq"_a, "lane"_a)
         .def(
             "set_mark", [](Scheduler& self, int32_t seq, int32_t mark) { self.at(seq).mark = mark; }, "seq"_a, "mark"_a)
+        .def(
+            "projected",
+            [](Scheduler& self, int32_t seq, int32_t lane) {
+                return self.at(seq).lanes.at(static_cast<size_t>(lane)).projected;
+            },
+            "seq"_a, "lane"_a, "Content tokens the lane's ids hold.")
+        .def(
+            "set_projected",
+            [](Scheduler& self, int32_t seq, int32_t lane, int32_t count) {
+                self.at(seq).lanes.at(static_cast<size_t>(lane)).projected = count;
+            },
+            "seq"_a, "lane"_a, "count"_a)
         .def("log_tag", &Scheduler::log_tag, "seq"_a, "pattern"_a)
         .def(
             "size",
@@ -246,24 +258,28 @@ void bind_scheduler(nb::module_& m) {
                 std::vector<splitdecode::LaneSpec> specs;
                 for (nb::handle item : lanes) {
                     const auto spec = nb::cast<nb::tuple>(item);
-                    specs.push_back({nb::cast<splitdecode::PagePool*>(spec[0]), nb::cast<Vocabulary*>(spec[1]),
-                                     nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3])});
+                    specs.push_back(
+                        {nb::cast<splitdecode::PagePool*>(spec[0]), nb::cast<Vocabulary*>(spec[1]),
+                         nb::cast<int32_t>(spec[2]), nb::cast<std::vector<int32_t>>(spec[3]),
+                         spec.size() > 4 && !spec[4].is_none() ? nb::cast<splitdecode::PagePool*>(spec[4]) : nullptr});
                 }
                 new (self) Scheduler(std::move(specs), tags, max_seqs, depth);
             },
             "lanes"_a, "tags"_a, "max_seqs"_a, "depth"_a, nb::keep_alive<1, 2>(),
-            "lanes: ((PagePool, Vocabulary, max_len, eos_ids), ...); tags: [opening, closing].")
+            "lanes: ((PagePool, Vocabulary, max_len, eos_ids[, shelf PagePool or None]), ...); tags: [opening, "
+            "closing].")
         .def(
             "add",
-            [](Scheduler& self, std::vector<std::vector<int32_t>> prompts, int32_t max_tokens, int32_t min_tokens,
-               bool ignore_eos, bool skip_special, bool include_stop, bool exact, std::vector<int32_t> stop_ids,
-               const std::vector<nb::bytes>& stops, const nb::bytes& salt, int32_t leader) {
+            [](Scheduler& self, const std::vector<std::vector<int32_t>>& prompts, int32_t max_tokens,
+               int32_t min_tokens, bool ignore_eos, bool skip_special, bool include_stop, bool exact,
+               std::vector<int32_t> stop_ids, const std::vector<nb::bytes>& stops, const nb::bytes& salt,
+               int32_t leader) {
                 splitdecode::Limits limits{max_tokens,   min_tokens, ignore_eos,          skip_special,
                                            include_stop, exact,      std::move(stop_ids), {}};
                 for (const nb::bytes& stop : stops)
                     limits.stops.emplace_back(static_cast<const char*>(stop.data()), stop.size());
-                return self.add(std::move(prompts), std::move(limits),
-                                {static_cast<const char*>(salt.data()), salt.size()}, leader);
+                return self.add(prompts, std::move(limits), {static_cast<const char*>(salt.data()), salt.size()},
+                                leader);
             },
             "prompts"_a, "max_tokens"_a, "min_tokens"_a, "ignore_eos"_a, "skip_special"_a, "include_stop"_a, "exact"_a,
             "stop_ids"_a, "stops"_a, "salt"_a, "leader"_a, "A handle; the sequence rests until write().")
@@ -272,29 +288,52 @@ void bind_scheduler(nb::module_& m) {
             "plan",
             [](Scheduler& self, int32_t lane, const Out& tokens, const Out& positions, const Out& slots,
                const Out& cu_q, const Out& kv_len, const Out& page_indptr, const Out& pages, const Out& row_seq,
-               const Out& row_steps, const Out& logits, int32_t steps) {
+               const Out& row_steps, const Out& logits, int32_t steps, double now) {
                 const auto n = plan_into(self, lane, tokens, positions, slots, cu_q, kv_len, page_indptr, pages,
-                                         row_seq, row_steps, logits, steps);
+                                         row_seq, row_steps, logits, steps, now);
                 return nb::make_tuple(n.tokens, n.rows, n.pages, n.logits, n.steps);
             },
             "lane"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(), "cu_q"_a.noconvert(),
             "kv_len"_a.noconvert(), "page_indptr"_a.noconvert(), "pages"_a.noconvert(), "row_seq"_a.noconvert(),
-            "row_steps"_a.noconvert(), "logits"_a.noconvert(), nb::kw_only(), "steps"_a = 1,
+            "row_steps"_a.noconvert(), "logits"_a.noconvert(), nb::kw_only(), "steps"_a = 1, "now"_a = 0.0,
             "Packs the next step of a lane, or up to `steps` when all it does is decode: (tokens, rows, pages, logits "
-            "rows, steps).")
+            "rows, steps). now: milliseconds that never run backwards.")
         .def(
             "commit",
-            [](Scheduler& self, int32_t lane, const Ids& ids, const Floats& logprobs, double ms) {
+            [](Scheduler& self, int32_t lane, const Ids& ids, const Floats& logprobs, double ms, double now) {
                 if (ids.size() != logprobs.size())
                     throw std::invalid_argument("commit: ids and logprobs differ in length");
-                return self.commit(lane, ids.data(), logprobs.data(), static_cast<int32_t>(ids.size()), ms);
+                return self.commit(lane, ids.data(), logprobs.data(), static_cast<int32_t>(ids.size()), ms, now);
             },
-            "lane"_a, "ids"_a.noconvert(), "logprobs"_a.noconvert(), "ms"_a, "Lands the lane's oldest flight.")
+            "lane"_a, "ids"_a.noconvert(), "logprobs"_a.noconvert(), "ms"_a, "now"_a = 0.0,
+            "Lands the lane's oldest flight.")
+        .def("pace", &Scheduler::pace, "patience"_a, "max_wait_ms"_a,
+             "Hand-off batching: how long a slow lane waits for a batch (csrc/pacer.hpp). ValueError below 0.")
+        .def(
+            "step_ms", [](Scheduler& self, int32_t lane) { return self.pacer().step_ms(static_cast<size_t>(lane)); },
+            "lane"_a, "Running mean of the lane's step times; 0 before the first.")
+        .def("share", &Scheduler::share, "arena"_a, nb::keep_alive<1, 2>(), "One memory for all pools.")
+        .def("fill", &Scheduler::fill, "lane"_a, "free_tokens"_a, "chunk"_a,
+             "Tokens a step takes for the price of one; what is worth a step of its own. ValueError below 0 and 1.")
+        .def("mirror", &Scheduler::mirror, "seq"_a, "lane"_a, "The lane runs the content ahead of need; -1: none does.")
+        .def("hurry", &Scheduler::hurry, "seq"_a, "The mirrored lane is likely to be asked soon.")
+        .def(
+            "take_transfers",
+            [](Scheduler& self, int32_t lane) {
+                const auto moves = self.take_transfers(lane);
+                return array_of<int32_t>(3 * moves.size(), [&](size_t i) {
+                    const splitdecode::Transfer& move = moves[i / 3];
+                    return i % 3 == 0 ? move.page : i % 3 == 1 ? move.shelf_page : static_cast<int32_t>(move.out);
+                });
+            },
+            "lane"_a, "Copies the caller owes before the planned step, in order: int32 [3 n] of page, shelf page, out.")
         .def("discard_flight", &Scheduler::discard_flight, "lane"_a, "Lands the newest flight unseen: its step failed.")
         .def("in_flight", &Scheduler::in_flight, "lane"_a)
         .def("enters", &Scheduler::enters, "lane"_a, "pattern"_a, "token_id"_a)
         .def_prop_ro("unfinished", &Scheduler::unfinished)
         .def_prop_ro("preemptions", &Scheduler::preemptions)
+        .def_prop_ro("idle_evictions", &Scheduler::idle_evictions)
+        .def_prop_ro("evicted_tokens", &Scheduler::evicted_tokens)
         .def("check_invariants", &Scheduler::check_invariants);
     bind_views(scheduler);
     bind_decisions(scheduler);

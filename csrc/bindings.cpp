@@ -4,6 +4,7 @@
 // Types are the contract: arrays are C-contiguous int32 on the CPU, and noconvert() turns a silent copy of any other
 // array (an out-array would lose its writes) into a TypeError.
 #include "bindings.hpp"
+#include "arena.hpp"
 #include "page_pool.hpp"
 #include "sha256.hpp"
 
@@ -16,6 +17,7 @@
 
 namespace {
 
+using splitdecode::Arena;
 using splitdecode::Digest;
 using splitdecode::PagePool;
 
@@ -60,13 +62,17 @@ static void bind_page_pool(nb::module_& m) {
     nb::class_<PagePool>(m, "PagePool",
                          "The pages of one KV-cache: free list, reference counts, prefix hashes, LRU eviction. Misuse "
                          "(a double release, a page out of range) raises RuntimeError.")
-        .def(nb::init<int32_t, int32_t, bool>(), "num_pages"_a, "page_size"_a, "prefix_caching"_a,
-             "num_pages >= 1 pages of page_size >= 1 tokens, else ValueError.")
+        .def(
+            nb::init<int32_t, int32_t, bool, int32_t, int32_t>(), "num_pages"_a, "page_size"_a, "prefix_caching"_a,
+            "extent"_a = 0, "stride"_a = 0,
+            "num_pages >= 1 pages of page_size >= 1 tokens, in extents of `extent` pages numbered `stride` apart if it "
+            "shares its memory (Arena); else ValueError.")
         .def_prop_ro("num_pages", &PagePool::num_pages)
         .def_prop_ro("page_size", &PagePool::page_size, "Tokens per page.")
         .def_prop_ro("prefix_caching", &PagePool::prefix_caching)
         .def_prop_ro("available", &PagePool::available, "Pages allocate() can still hand out: free or cached.")
         .def_prop_ro("in_use", &PagePool::in_use, "Pages with at least one owner.")
+        .def_prop_ro("present", &PagePool::present, "Pages it has: all, or those of the extents lent to it.")
         .def_prop_ro("queries", &PagePool::queries, "Lookups since construction.")
         .def_prop_ro("hits", &PagePool::hits, "Lookups that found their page.")
         .def_prop_ro("evictions", &PagePool::evictions, "Cached pages given to another owner.")
@@ -84,6 +90,22 @@ static void bind_page_pool(nb::module_& m) {
             "The page with that content, retained for the caller; -1 when unknown.")
         .def("clear_cache", &PagePool::clear_cache, "Forget every published hash; free the pages nobody owns.")
         .def("check_invariants", &PagePool::check_invariants, "RuntimeError naming the breach.");
+    nb::class_<Arena>(m, "Arena",
+                      "One memory, several page pools: extents of equal size, each lent to one pool at a time.")
+        .def(
+            "__init__",
+            [](Arena* self, const nb::tuple& pools, const std::vector<int32_t>& shares) {
+                std::vector<PagePool*> given;
+                for (nb::handle pool : pools) given.push_back(nb::cast<PagePool*>(pool));
+                new (self) Arena(std::move(given), shares);
+            },
+            "pools"_a, "shares"_a, nb::keep_alive<1, 2>(),
+            "shares: extents each pool has at first. ValueError: too many.")
+        .def("claim", &Arena::claim, "pool"_a, "spare"_a, "One extent more for a pool, if any can be had.")
+        .def("reachable", &Arena::reachable, "pool"_a, "Pages a pool could claim.")
+        .def_prop_ro("owners", &Arena::owners, "Extents by pool, -1: idle.")
+        .def_prop_ro("moved", &Arena::moved, "Extents claimed since construction.")
+        .def("check_invariants", &Arena::check_invariants, "RuntimeError naming the breach.");
 }
 
 static void bind_vocabulary(nb::module_& m) {

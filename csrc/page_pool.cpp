@@ -18,19 +18,59 @@ void require(bool held, const std::string& breach) {
 
 } // namespace
 
-PagePool::PagePool(int32_t num_pages, int32_t page_size, bool prefix_caching)
-    : num_pages_(num_pages), page_size_(page_size), prefix_caching_(prefix_caching) {
+PagePool::PagePool(int32_t num_pages, int32_t page_size, bool prefix_caching, int32_t extent, int32_t stride)
+    : num_pages_(num_pages), page_size_(page_size), prefix_caching_(prefix_caching), extent_(extent), stride_(stride) {
     if (num_pages < 1) throw std::invalid_argument("PagePool: num_pages must be >= 1, is " + std::to_string(num_pages));
     if (page_size < 1) throw std::invalid_argument("PagePool: page_size must be >= 1, is " + std::to_string(page_size));
+    if (extent < 0 || stride < extent || (extent == 0 && stride != 0) || (extent > 0 && num_pages % extent != 0))
+        throw std::invalid_argument("PagePool: extents of " + std::to_string(extent) + " pages, stride " +
+                                    std::to_string(stride) + ", do not make " + std::to_string(num_pages) + " pages");
     pages_.resize(static_cast<size_t>(num_pages));
-    add_gap(0, num_pages);
-    free_count_ = num_pages;
+    if (extent == 0) {
+        add_gap(0, num_pages);
+        free_count_ = num_pages;
+        return;
+    }
+    owned_.resize(static_cast<size_t>(num_pages / extent));
+    absent_count_ = num_pages;
+    for (Page& page : pages_) page.state = State::ABSENT;
+}
+
+int32_t PagePool::checked(int32_t page) const {
+    const int32_t index = page < 0 ? -1 : index_of(page);
+    if (index < 0 || index >= num_pages_ || page_of(index) != page)
+        throw std::logic_error("PagePool: no " + name_of(page) + " in a pool of " + std::to_string(num_pages_));
+    return index;
+}
+
+void PagePool::count_owned(int32_t page, int32_t change) {
+    if (extent_ > 0) owned_[static_cast<size_t>(page / extent_)] += change;
+}
+
+void PagePool::give_extent(int32_t extent) {
+    const int32_t first = extent * extent_;
+    if (at(first).state != State::ABSENT) throw std::logic_error("PagePool: an extent that is given was present");
+    for (int32_t page = first; page < first + extent_; ++page) give_free(page);
+    absent_count_ -= extent_;
+}
+
+void PagePool::take_extent(int32_t extent) {
+    if (owned_in(extent) > 0) throw std::logic_error("PagePool: an extent that is taken has owners");
+    for (int32_t page = extent * extent_; page < (extent + 1) * extent_; ++page) {
+        Page& p = at(page);
+        if (p.state == State::ABSENT) throw std::logic_error("PagePool: an extent that is taken was absent");
+        if (p.state == State::CACHED) {
+            lru_remove(page);
+            unpublish(page);
+            give_free(page);
+        }
+        take_free(page);
+        p.state = State::ABSENT;
+    }
+    absent_count_ += extent_;
 }
 
 const PagePool::Page& PagePool::at(int32_t page) const {
-    if (page < 0 || page >= num_pages_) {
-        throw std::logic_error("PagePool: no " + name_of(page) + " in a pool of " + std::to_string(num_pages_));
-    }
     return pages_[static_cast<size_t>(page)];
 }
 
@@ -39,8 +79,7 @@ PagePool::Page& PagePool::at(int32_t page) {
 }
 
 int32_t PagePool::allocate(int32_t after) {
-    if (after != -1) at(after);
-    const int32_t next = after + 1;
+    const int32_t next = after == -1 ? -1 : checked(after) + 1;
     int32_t page = -1;
     if (after != -1 && next < num_pages_ && pages_[static_cast<size_t>(next)].state == State::FREE) {
         page = next;
@@ -57,37 +96,41 @@ int32_t PagePool::allocate(int32_t after) {
     take_free(page);
     pages_[static_cast<size_t>(page)].state = State::OWNED;
     pages_[static_cast<size_t>(page)].owners = 1;
-    return page;
+    count_owned(page, 1);
+    return page_of(page);
 }
 
 void PagePool::retain(int32_t page) {
-    Page& p = at(page);
+    Page& p = at(checked(page));
     if (p.owners < 1) throw std::logic_error("PagePool: retain of " + name_of(page) + ", which nobody owns");
     ++p.owners;
 }
 
 void PagePool::release(int32_t page) {
-    Page& p = at(page);
+    const int32_t index = checked(page);
+    Page& p = at(index);
     if (p.owners < 1) throw std::logic_error("PagePool: release of " + name_of(page) + ", which nobody owns");
     if (--p.owners > 0) return;
+    count_owned(index, -1);
     if (p.published) {
-        lru_push(page);
+        lru_push(index);
     } else {
-        give_free(page);
+        give_free(index);
     }
 }
 
 bool PagePool::immutable(int32_t page) const {
-    const Page& p = at(page);
+    const Page& p = at(checked(page));
     return p.published || p.owners > 1;
 }
 
 int32_t PagePool::owners(int32_t page) const {
-    return at(page).owners;
+    return at(checked(page)).owners;
 }
 
 void PagePool::publish(int32_t page, const Digest& hash) {
-    Page& p = at(page);
+    const int32_t index = checked(page);
+    Page& p = at(index);
     if (p.owners < 1) throw std::logic_error("PagePool: publish of " + name_of(page) + ", which nobody owns");
     if (!prefix_caching_) return;
     if (p.published) {
@@ -96,7 +139,7 @@ void PagePool::publish(int32_t page, const Digest& hash) {
         }
         return;
     }
-    if (!published_.emplace(hash, page).second) return;
+    if (!published_.emplace(hash, index).second) return;
     p.published = true;
     p.digest = hash;
 }
@@ -111,9 +154,10 @@ int32_t PagePool::lookup(const Digest& hash) {
     if (p.state == State::CACHED) {
         lru_remove(found->second);
         p.state = State::OWNED;
+        count_owned(found->second, 1);
     }
     ++p.owners;
-    return found->second;
+    return page_of(found->second);
 }
 
 void PagePool::clear_cache() {
@@ -148,6 +192,7 @@ void PagePool::drop_gap(std::map<int32_t, int32_t>::iterator gap) {
 int32_t PagePool::pick_free() const {
     const auto& [length, negative_start] = *gap_widths_.rbegin();
     const int32_t start = -negative_start;
+    if (extent_ > 0) return gaps_.begin()->first; // few extents in use leave many that can change hands
     // Nobody's run ends below page 0, so a gap that starts there need not be shared.
     return start == 0 ? 0 : start + length / 2;
 }
@@ -227,11 +272,15 @@ void PagePool::check_pages() const {
     int32_t free_pages = 0;
     int32_t cached_pages = 0;
     size_t published_pages = 0;
+    int32_t absent_pages = 0;
+    std::vector<int32_t> owned(owned_.size());
     for (int32_t i = 0; i < num_pages_; ++i) {
         const Page& p = at(i);
         require((p.owners > 0) == (p.state == State::OWNED), name_of(i) + " has owners exactly when OWNED");
         require(p.owners >= 0, name_of(i) + " has a negative number of owners");
-        require(p.state != State::FREE || !p.published, name_of(i) + " is free and published");
+        require((p.state != State::FREE && p.state != State::ABSENT) || !p.published, name_of(i) + " is published");
+        absent_pages += p.state == State::ABSENT;
+        if (extent_ > 0 && p.owners > 0) ++owned[static_cast<size_t>(i / extent_)];
         require(p.state != State::CACHED || p.published, name_of(i) + " is cached but not published");
         free_pages += p.state == State::FREE;
         cached_pages += p.state == State::CACHED;
@@ -241,6 +290,8 @@ void PagePool::check_pages() const {
             require(found != published_.end() && found->second == i, name_of(i) + " is not under its own hash");
         }
     }
+    require(absent_pages == absent_count_, "the absent count is wrong");
+    require(owned == owned_, "the owned count of an extent is wrong");
     require(free_pages == free_count_, "the free count is wrong");
     require(cached_pages == cached_count_, "the cached count is wrong");
     require(published_pages == published_.size(), "a hash names a page that is not published");

@@ -11,6 +11,11 @@
 //            A A . . . B B . . c        contiguous runs: page after+1 when it is free, else the middle of the widest
 //                |_gap_|   |gap|        gap, which leaves room both to the new run and to the one below the gap.
 //
+// A pool may share one memory with others (arena.hpp). Then its pages come in extents, of which it has some and lacks
+// the others: pages of an extent it lacks are ABSENT. With `stride` > extent the numbers it hands out leave gaps:
+//
+//     page   0 1 2 | . . . . . | 8 9 10 | . .         extent 3, stride 8: layer l of page p lies 3 l pages further on
+//
 // Owners release a lane from its last page to its first: eviction then takes the tail of a prefix before its head.
 // Not thread-safe: the scheduler's thread owns it.
 #pragma once
@@ -31,7 +36,9 @@ class PagePool {
   public:
     // num_pages >= 1, page_size >= 1 (tokens per page); else std::invalid_argument. Without prefix caching publish()
     // and lookup() do nothing, and no page is ever cached.
-    PagePool(int32_t num_pages, int32_t page_size, bool prefix_caching);
+    // extent: pages per extent, of which num_pages is a multiple; 0: no extents, every page is present. With extents
+    // all are absent at first. stride >= extent.
+    PagePool(int32_t num_pages, int32_t page_size, bool prefix_caching, int32_t extent = 0, int32_t stride = 0);
 
     int32_t num_pages() const { return num_pages_; }
     int32_t page_size() const { return page_size_; }
@@ -40,7 +47,25 @@ class PagePool {
     // Pages allocate() can still hand out: free ones and cached ones nobody owns.
     int32_t available() const { return free_count_ + cached_count_; }
     // Pages with at least one owner.
-    int32_t in_use() const { return num_pages_ - available(); }
+    int32_t in_use() const { return num_pages_ - absent_count_ - available(); }
+    // Pages it has; the others are absent.
+    int32_t present() const { return num_pages_ - absent_count_; }
+    int32_t extent() const { return extent_; }
+    int32_t extents() const { return extent_ == 0 ? 0 : num_pages_ / extent_; }
+    // Pages of an extent that somebody owns.
+    int32_t owned_in(int32_t extent) const { return owned_.at(static_cast<size_t>(extent)); }
+    // An absent extent's pages become free. std::logic_error when it is present.
+    void give_extent(int32_t extent);
+    // An extent without owners becomes absent; what was cached in it is forgotten. std::logic_error when a page is
+    // owned.
+    void take_extent(int32_t extent);
+    // A page's place among num_pages, without the gaps of the stride.
+    int32_t index_of(int32_t page) const {
+        return extent_ == stride_ ? page : page / stride_ * extent_ + page % stride_;
+    }
+    int32_t page_of(int32_t index) const {
+        return extent_ == stride_ ? index : index / extent_ * stride_ + index % extent_;
+    }
 
     // A page with one owner, or -1 when none is left. Prefers after + 1 when free, else a free page where a run can
     // grow, else evicts the cached page released longest ago. A fresh pool hands out page 0 first.
@@ -86,7 +111,7 @@ class PagePool {
         }
     };
 
-    enum class State : uint8_t { FREE, OWNED, CACHED };
+    enum class State : uint8_t { FREE, OWNED, CACHED, ABSENT };
 
     struct Page {
         State state = State::FREE;
@@ -97,8 +122,11 @@ class PagePool {
         Digest digest{}; // only while published
     };
 
+    // In here pages are indices, without the gaps of the stride.
+    int32_t checked(int32_t page) const;
     Page& at(int32_t page);
     const Page& at(int32_t page) const;
+    void count_owned(int32_t page, int32_t change);
     void take_free(int32_t page);
     void give_free(int32_t page);
     void add_gap(int32_t start, int32_t length);
@@ -114,6 +142,9 @@ class PagePool {
     int32_t num_pages_;
     int32_t page_size_;
     bool prefix_caching_;
+    int32_t extent_, stride_;
+    std::vector<int32_t> owned_; // by extent
+    int32_t absent_count_ = 0;
     std::vector<Page> pages_;
     std::map<int32_t, int32_t> gaps_;                  // start -> length, of maximal runs of free pages
     std::set<std::pair<int32_t, int32_t>> gap_widths_; // (length, -start): the last one is the widest, lowest gap

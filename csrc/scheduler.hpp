@@ -12,12 +12,15 @@
 // all of its pages in every pool. So nobody holds pages of one pool while waiting for another's.
 #pragma once
 
+#include "arena.hpp"
+#include "pacer.hpp"
 #include "sequence.hpp"
 
 #include <cstdint>
 #include <deque>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace splitdecode {
@@ -43,6 +46,13 @@ struct LaneSpec {
     const Vocabulary* vocabulary;
     int32_t max_len;
     std::vector<int32_t> eos_ids;
+    PagePool* shelf = nullptr; // where the caches of idle lanes may be kept; its pages hold as many positions
+};
+
+// A page to be copied before the step that was just planned; in the order given.
+struct Transfer {
+    int32_t page, shelf_page;
+    bool out; // to the shelf, or back
 };
 
 struct WriteMode {
@@ -61,14 +71,17 @@ class Scheduler {
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
 
-    int32_t add(std::vector<std::vector<int32_t>> prompts, Limits limits, const std::string& salt, int32_t leader);
+    int32_t add(const std::vector<std::vector<int32_t>>& prompts, Limits limits, const std::string& salt,
+                int32_t leader);
     void finish(int32_t seq);
     // steps: where every row is one decode, a flight may take that many steps in a row. The arrays then describe the
-    // first; pages cover all of them.
-    PlanCounts plan(int32_t lane, const PlanBuffers& out, int32_t steps = 1);
+    // first; pages cover all of them. now: milliseconds that never run backwards. No rows: nothing is pending, or the
+    // lane is held back (pacer.hpp).
+    PlanCounts plan(int32_t lane, const PlanBuffers& out, int32_t steps = 1, double now = 0.0);
     // Lands the oldest flight of a lane. ids/logprobs: one per logits row of that flight, a row's steps side by side
     // (-1: NaN); ms: its duration.
-    std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms);
+    std::vector<Event> commit(int32_t lane, const int32_t* ids, const float* logprobs, int32_t count, double ms,
+                              double now = 0.0);
     // Lands the newest flight without looking at it: the step failed.
     void discard_flight(int32_t lane);
     int32_t in_flight(int32_t lane) const { return static_cast<int32_t>(flights_.at(lane_index(lane)).size()); }
@@ -90,6 +103,23 @@ class Scheduler {
     int32_t room(int32_t seq, int32_t lane) { return spec(lane).max_len - at(seq).lanes.at(lane_index(lane)).size(); }
     bool enters(int32_t lane, int32_t pattern, int32_t id) const;
     int32_t preemptions() const { return preemptions_; }
+    // Hand-off batching; off until it is set.
+    void pace(double patience, double max_wait_ms) { pacer_.set(patience, max_wait_ms); }
+    const Pacer& pacer() const { return pacer_; }
+    // One memory for all pools; it outlives the scheduler.
+    void share(Arena* arena) { arena_ = arena; }
+    // A step of the lane costs as much for `free_tokens` as for one. With a mirror (see below) what a lane will owe
+    // rides along in that room; `chunk` of it or more is worth a step of its own.
+    void fill(int32_t lane, int32_t free_tokens, int32_t chunk);
+    // The lane runs the content ahead of need, while another lane writes; -1: no lane does. Ids must mean the same to
+    // both.
+    void mirror(int32_t seq, int32_t lane) { at(seq).mirror = static_cast<int8_t>(lane); }
+    // The mirrored lane is likely to be asked soon.
+    void hurry(int32_t seq) { at(seq).hurried = true; }
+    // Copies the caller owes, oldest first; none remain.
+    std::vector<Transfer> take_transfers(int32_t lane) { return std::exchange(transfers_.at(lane_index(lane)), {}); }
+    int64_t idle_evictions() const { return idle_evictions_; }
+    int64_t evicted_tokens() const { return evicted_tokens_; }
     void check_invariants();
 
   private:
@@ -107,14 +137,34 @@ class Scheduler {
         int64_t until;
         int32_t page;
     };
+    struct Candidate {
+        Sequence* sequence;
+        int32_t count; // pending tokens it could run
+    };
 
+    static int32_t pages_for(int32_t tokens, int32_t page_size) { return (tokens + page_size - 1) / page_size; }
+    // The page of a position; mostly the last one of `pages`, which spares a division.
+    static int32_t page_of(int32_t position, int32_t page_size, const std::vector<int32_t>& pages) {
+        const int32_t last = static_cast<int32_t>(pages.size()) - 1, within = position - last * page_size;
+        return within >= 0 && within < page_size ? last : position / page_size;
+    }
     static size_t lane_index(int32_t lane) { return static_cast<size_t>(lane); }
     Lane& lane_of(int32_t seq, int32_t lane) { return at(seq).lanes.at(lane_index(lane)); }
     PagePool& pool(int32_t lane) { return *specs_[lane_index(lane)].pool; }
     void admit();
     int32_t pages_owed(const Sequence& sequence) const;
     void adopt_prefix(Sequence& sequence, int32_t lane);
-    bool reserve(size_t order_index, int32_t lane, int32_t upto);
+    void trim_shelf(Lane& lane, int32_t lane_id, int32_t keep);
+    void put_on_shelf(Lane& lane, int32_t lane_id);
+    bool take_from_shelf(Sequence& sequence, int32_t lane);
+    bool evict_idle(int32_t lane, const Sequence& keep, int32_t keep_lane);
+    bool starts_anew(Sequence& sequence);
+    int32_t find_page(Sequence& sequence, int32_t lane);
+    bool reserve(Sequence& sequence, int32_t lane, int32_t need);
+    bool waits_for_flights(int32_t lane) const;
+    int32_t ahead_of_need(const Sequence& sequence, int32_t lane) const;
+    void project(Sequence& sequence, int32_t lane, int32_t most);
+    void pack_fills(int32_t lane, const PlanBuffers& out, PlanCounts& counts, Flight& flight);
     void preempt(Sequence& sequence);
     void drop_pages(Lane& lane, int32_t lane_id, int32_t keep_pages);
     void set_cached(Lane& lane, int32_t lane_id, int32_t cached);
@@ -125,7 +175,7 @@ class Scheduler {
     void land_limbo(int32_t lane);
     bool exact(const Sequence& sequence) const;
     int32_t launchable(const Sequence& sequence, const Lane& lane) const;
-    bool only_decodes(int32_t lane);
+    Demand survey(int32_t lane);
     int32_t decode_steps(const Sequence& sequence, int32_t lane, int32_t most);
     void pack(Sequence& sequence, int32_t lane, int32_t count, int32_t steps, const PlanBuffers& out,
               PlanCounts& counts, Flight& flight);
@@ -139,11 +189,22 @@ class Scheduler {
 
     std::vector<LaneSpec> specs_;
     ByteMatcher tags_, closer_;
-    std::vector<std::vector<std::vector<uint8_t>>> enters_; // [lane][pattern][id]
+    std::vector<std::vector<uint8_t>> enters_; // [lane][id]: Words::enters
+    std::vector<Words> words_;                 // by lane
     int32_t max_seqs_, depth_;
     std::vector<std::unique_ptr<Sequence>> sequences_; // by handle; null: free
     std::vector<int32_t> free_handles_;
-    std::vector<int32_t> order_; // handles by arrival
+    std::vector<Sequence*> order_;      // by arrival
+    std::vector<Candidate> candidates_; // of the plan being made
+    bool only_decodes_ = true;          // all that is pending on its lane is the next token of lanes that write
+    int32_t urgent_ = 0;                // tokens its short rows owe
+    std::vector<Candidate> fills_;      // lanes that could run ahead of need
+    Pacer pacer_;
+    Arena* arena_ = nullptr;
+    std::vector<int32_t> free_tokens_, fill_chunk_; // by lane
+    std::vector<std::vector<Transfer>> transfers_;
+    int64_t idle_evictions_ = 0, evicted_tokens_ = 0;
+    double now_ = 0.0;
     std::vector<std::deque<Flight>> flights_;
     std::vector<std::deque<Limbo>> limbo_;
     std::vector<int64_t> launched_flights_;

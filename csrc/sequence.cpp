@@ -24,16 +24,35 @@ Place locate(const Lane& lane, const Vocabulary& vocabulary, int32_t position, i
 }
 } // namespace
 
-Sequence::Sequence(std::vector<std::vector<int32_t>> prompts, std::vector<const Vocabulary*> vocabularies,
-                   const ByteMatcher* tags, const ByteMatcher* closer, Limits sequence_limits)
-    : limits(std::move(sequence_limits)), vocabularies_(std::move(vocabularies)), tags_(tags), closer_(closer),
-      stops_(limits.stops) {
-    for (auto& prompt : prompts) {
-        Lane lane;
-        for (int32_t id : prompt) lane.push(id, no_logprob);
-        lane.prompt_len = lane.stable = lane.size();
-        lanes.push_back(std::move(lane));
+Sequence::Sequence(const std::vector<std::vector<int32_t>>& prompts, const Words* words, const ByteMatcher* tags,
+                   const ByteMatcher* closer, Limits sequence_limits)
+    : words_(words), limits(std::move(sequence_limits)), tags_(tags), closer_(closer) {
+    if (!limits.stops.empty()) stops_ = std::make_unique<ByteMatcher>(limits.stops);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+        lanes[i].ids = prompts[i];
+        lanes[i].last = prompts[i].empty() ? -1 : prompts[i].back();
+        lanes[i].prompt_len = lanes[i].stable = lanes[i].size();
     }
+}
+
+namespace {
+void prefetch_lines(const void* start, size_t bytes) {
+    const auto* line = static_cast<const char*>(start);
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 1);
+}
+} // namespace
+
+void Sequence::prefetch(size_t lane) const {
+    prefetch_lines(&lanes[lane], 128);
+    prefetch_lines(&phase, 192);
+}
+
+void Sequence::prefetch_ends(size_t lane) const {
+    const Lane& view = lanes[lane];
+    for (const void* end : {static_cast<const void*>(view.ids.data() + view.ids.size() - 1),
+                            static_cast<const void*>(content.data() + content.size()),
+                            static_cast<const void*>(bytes.data() + bytes.size())})
+        __builtin_prefetch(end, 1);
 }
 
 void Sequence::raise(std::vector<Event>& events, Event event) {
@@ -44,7 +63,7 @@ void Sequence::raise(std::vector<Event>& events, Event event) {
 
 int32_t Sequence::settled_bytes() const {
     if (text_end >= 0) return text_end;
-    return static_cast<int32_t>(bytes.size()) - stops_.depth(stop_state_);
+    return static_cast<int32_t>(bytes.size()) - (stops_ ? stops_->depth(stop_state_) : 0);
 }
 
 int32_t Sequence::allowance() const {
@@ -66,13 +85,13 @@ bool Sequence::emit(int32_t author, int32_t id, float logprob, int32_t origin, s
     content.push_back({id, author, origin, logprob, static_cast<int32_t>(bytes.size())});
     const auto count = static_cast<int32_t>(content.size());
     std::string_view rest = text;
-    while (!rest.empty()) {
-        const ByteMatcher::Found found = stops_.feed(stop_state_, rest);
+    while (stops_ && !rest.empty()) {
+        const ByteMatcher::Found found = stops_->feed(stop_state_, rest);
         if (found.pattern < 0) break;
         rest.remove_prefix(static_cast<size_t>(found.end));
         if (count < limits.min_tokens) continue;
         text_end = before + static_cast<int32_t>(text.size() - rest.size());
-        if (!limits.include_stop) text_end -= stops_.length(found.pattern);
+        if (!limits.include_stop) text_end -= stops_->length(found.pattern);
         raise(events, {EventKind::STOP, handle, found.pattern});
         return true;
     }
@@ -106,7 +125,7 @@ bool Sequence::release_until(int32_t position, std::vector<Event>& events) {
         if (skip > 0) {
             const std::string rest = vocabulary(active).bytes(lane.ids[at]).substr(static_cast<size_t>(skip));
             if (emit_residue(active, rest, events)) return true;
-        } else if (emit(active, lane.ids[at], lane.logprobs[at], held_from_ - 1, events)) {
+        } else if (emit(active, lane.ids[at], lane.logprobs.at(held_from_ - 1), held_from_ - 1, events)) {
             return true;
         }
     }
@@ -129,7 +148,7 @@ bool Sequence::found_tag(int32_t pattern, int32_t position, int32_t end, std::ve
     mark = mark_after;
     if (raised) return true;
     tag_log.emplace_back(static_cast<int32_t>(bytes.size()), pattern);
-    for (int32_t p = start.position; p <= position; ++p) lane.tag[static_cast<size_t>(p)] = 1;
+    for (int32_t p = start.position; p <= position; ++p) lane.tag.set(p, 1);
     tag_state_ = ByteMatcher::start;
     held_from_ = position;
     held_skip_ = end;
@@ -143,7 +162,13 @@ bool Sequence::found_tag(int32_t pattern, int32_t position, int32_t end, std::ve
 bool Sequence::scan_token(int32_t position, int32_t skip, std::vector<Event>& events) {
     Lane& lane = active_lane();
     const Vocabulary& words = vocabulary(active);
-    const std::string& text = words.bytes(lane.ids[static_cast<size_t>(position)]);
+    const int32_t id = lane.ids[static_cast<size_t>(position)];
+    if (tag_state_ == ByteMatcher::start && skip == 0 && held_from_ == position && held_skip_ == 0 &&
+        words_[active].enters[id] == 0) {
+        held_from_ = lane.stable = position + 1;
+        return emit(active, id, lane.logprobs.at(position), position, events);
+    }
+    const std::string& text = words.bytes(id);
     const auto length = static_cast<int32_t>(text.size());
     while (skip < length) {
         const auto found = tags_->feed(tag_state_, std::string_view(text).substr(static_cast<size_t>(skip)));
@@ -223,7 +248,7 @@ bool Sequence::written(int32_t lane_max, bool is_end, std::vector<Event>& events
     if (phase == Phase::CONFIRM) {
         if (confirm_token(position, is_end, events)) return true;
     } else if (phase == Phase::PROVISIONAL) {
-        const ContentToken token{id, active, position, lane.logprobs.back(), 0};
+        const ContentToken token{id, active, position, lane.logprobs.at(position), 0};
         if (is_end)
             ending = token;
         else
@@ -235,13 +260,13 @@ bool Sequence::written(int32_t lane_max, bool is_end, std::vector<Event>& events
         return false;
     } else if (is_end) {
         if (phase == Phase::SCAN && release_until(position, events)) return true;
-        end_content({id, active, position, lane.logprobs.back(), 0}, events);
+        end_content({id, active, position, lane.logprobs.at(position), 0}, events);
         return true;
     } else if (phase == Phase::SCAN) {
         if (scan_token(position, 0, events)) return true;
     } else {
         lane.stable = lane.size();
-        if (emit(active, id, lane.logprobs.back(), position, events)) return true;
+        if (emit(active, id, lane.logprobs.at(position), position, events)) return true;
     }
     if (lane.size() < lane_max) return false;
     raise(events, {EventKind::FULL, handle, active});

@@ -14,8 +14,10 @@
 #include "page_pool.hpp"
 #include "tag_automaton.hpp"
 
+#include <array>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -41,48 +43,88 @@ struct Event {
     int32_t a = -1, b = -1, c = -1, d = -1;
 };
 
-// What is asked of a lane.
-enum class Want : int32_t { IDLE, WRITE, READ };
+// What is asked of a lane. FILL: nothing yet; it runs what it will owe, where that is cheap.
+enum class Want : int32_t { IDLE, WRITE, READ, FILL };
 // What becomes of the tokens the active lane samples.
 enum class Phase : int32_t { FROZEN, DIRECT, SCAN, PROVISIONAL, READ, CONFIRM };
 
+constexpr size_t max_lanes = 2;
 constexpr float no_logprob = std::numeric_limits<float>::quiet_NaN();
 
 struct LaneStats {
-    int64_t forwards = 0, tokens = 0, sampled = 0, discarded = 0;
-    int64_t prompt_tokens = 0, catchup_tokens = 0, catchup_forwards = 0, read_tokens = 0, cached_tokens = 0;
     double ms = 0.0;
+    int32_t forwards = 0, tokens = 0, sampled = 0;
+    int32_t discarded = 0, prompt_tokens = 0, catchup_tokens = 0, catchup_forwards = 0, read_tokens = 0,
+            cached_tokens = 0;
 };
 
-struct Lane {
+// Values beside the ids of a lane, kept up to the last that differs from `nothing`: mostly none at all.
+template <typename T> class Column {
+  public:
+    explicit Column(T nothing) : nothing_(nothing) {}
+    T at(int32_t i) const {
+        return static_cast<size_t>(i) < values_.size() ? values_[static_cast<size_t>(i)] : nothing_;
+    }
+    void set(int32_t i, T value) {
+        if (static_cast<size_t>(i) >= values_.size()) values_.resize(static_cast<size_t>(i) + 1, nothing_);
+        values_[static_cast<size_t>(i)] = value;
+    }
+    void truncate(int32_t keep) {
+        if (static_cast<size_t>(keep) < values_.size()) values_.resize(static_cast<size_t>(keep));
+    }
+    size_t size() const { return values_.size(); }
+
+  private:
+    T nothing_;
+    std::vector<T> values_;
+};
+
+// With thousands of sequences what a token costs is cache lines: what every token touches stands first.
+struct alignas(64) Lane {
     std::vector<int32_t> ids;
-    std::vector<float> logprobs; // beside ids; NaN where this model did not sample the token
-    std::vector<uint8_t> tag;    // beside ids; 1 inside a control tag
-    std::vector<int32_t> pages;  // cover [0, launched)
-    std::vector<Digest> digests; // of the leading full pages that are published or adopted
-    Digest root{};               // where their chain begins: the request's salt
+    std::vector<int32_t> pages; // cover [0, launched)
+    double ready = 0.0;         // milliseconds: since when it could run
+    int32_t last = -1;          // ids.back()
     int32_t prompt_len = 0;
     int32_t cached = 0;    // positions whose K/V is in the pages, as far as the host has heard
     int32_t launched = 0;  // positions sent to the model; beyond ids.size() their tokens live on the device only
     int32_t inflight = 0;  // flights not yet landed
     int32_t stable = 0;    // ids that will not change: only these may be published
     int32_t read_from = 0; // READ: first position whose logits are wanted
-    int32_t attempt = 0, attempt_at = -1; // how often an opening was refused at that position
     uint32_t epoch = 0;
     Want want = Want::IDLE;
+    int32_t next_page = 0; // positions at which the next page is full and may be published
+    int32_t projected = 0; // content tokens its ids hold
+    int32_t shelved = 0;   // positions whose K/V is on the shelf instead; 0: none
     LaneStats stats;
+    int32_t attempt = 0, attempt_at = -1; // how often an opening was refused at that position
+
+    std::vector<Digest> digests;        // of the leading full pages that are published or adopted
+    Digest root{};                      // where their chain begins: the request's salt
+    std::vector<int32_t> shelf;         // the shelf's pages, covering [0, shelved)
+    Column<float> logprobs{no_logprob}; // NaN where this model did not sample the token
+    Column<uint8_t> tag{0};             // 1 inside a control tag
 
     int32_t size() const { return static_cast<int32_t>(ids.size()); }
     void push(int32_t id, float logprob, bool in_tag = false) {
+        if (logprob == logprob) logprobs.set(size(), logprob);
+        if (in_tag) tag.set(size(), 1);
         ids.push_back(id);
-        logprobs.push_back(logprob);
-        tag.push_back(in_tag ? 1 : 0);
+        last = id;
     }
     void truncate(int32_t keep) {
         ids.resize(static_cast<size_t>(keep));
-        logprobs.resize(static_cast<size_t>(keep));
-        tag.resize(static_cast<size_t>(keep));
+        logprobs.truncate(keep);
+        tag.truncate(keep);
+        last = ids.empty() ? -1 : ids.back();
     }
+};
+
+// The tokens of one lane: their bytes, and by id whether they enter a tag (bit 0 the opening one, bit 1 the closing
+// one).
+struct Words {
+    const Vocabulary* vocabulary = nullptr;
+    const uint8_t* enters = nullptr;
 };
 
 struct ContentToken {
@@ -104,30 +146,48 @@ struct Limits {
 
 class Sequence {
   public:
-    Sequence(std::vector<std::vector<int32_t>> prompts, std::vector<const Vocabulary*> vocabularies,
-             const ByteMatcher* tags, const ByteMatcher* closer, Limits limits);
+    // At most max_lanes prompts; words: one for each, and they outlive the sequence.
+    Sequence(const std::vector<std::vector<int32_t>>& prompts, const Words* words, const ByteMatcher* tags,
+             const ByteMatcher* closer, Limits limits);
 
-    std::vector<Lane> lanes;
-    Limits limits;
+    std::array<Lane, max_lanes> lanes;
+
+    // One cache line each for: who writes and what is held; the text; the limits.
     Phase phase = Phase::FROZEN;
     int32_t active = 0;   // the lane that writes or reads
     int32_t mark = -1;    // content count that raises MARK
     int32_t interval = 0; // provisional tokens that raise DUE
     uint32_t stream = 0;  // random stream of the active lane
+    int32_t handle = -1;
+    uint32_t born = 0;     // no flight of an older epoch was this sequence's
+    int32_t text_end = -1; // set by a stop string: where the text is cut
     bool open_is_event = true;
     bool resident = false;
-    int32_t leader = -1; // a sibling with the same prompt that goes first
-    int64_t arrival = 0;
-    uint32_t born = 0; // no flight of an older epoch was this sequence's
-    int32_t preemptions = 0;
+    int8_t mirror = -1;   // lane that runs the content ahead of need while another writes; -1: none
+    bool hurried = false; // it should do so now
+    bool holding = false; // the active lane is scanned for tags, so its tail may be held
+  private:
+    int32_t tag_state_ = ByteMatcher::start;
+    int32_t stop_state_ = ByteMatcher::start;
+    int32_t held_from_ = 0, held_skip_ = 0;
+    std::unique_ptr<ByteMatcher> stops_; // null: no stop strings
 
+  public:
     std::vector<ContentToken> content;
-    std::string bytes;                                // of the content
-    int32_t text_end = -1;                            // set by a stop string: where the text is cut
-    std::vector<std::pair<int32_t, int32_t>> tag_log; // (content bytes before it, pattern)
+    std::string bytes; // of the content
+  private:
+    const Words* words_; // by lane
+  public:
     std::vector<ContentToken> provisional;
-    ContentToken ending{-1, 0, 0, no_logprob, 0}; // an EOS or stop token behind the provisional ones; id -1: none
-    bool holding = false;                         // the active lane is scanned for tags, so its tail may be held
+    Limits limits;
+
+    int32_t leader = -1; // a sibling with the same prompt that goes first
+    int32_t followers = 0;
+    int64_t arrival = 0;
+    int32_t preemptions = 0;
+    int64_t alone_at = 0;                             // ids of its lanes when it last started anew as the only resident
+    std::vector<std::pair<int32_t, int32_t>> tag_log; // (content bytes before it, pattern)
+    ContentToken ending{-1, 0, 0, no_logprob, 0};     // an EOS or stop token behind the provisional ones; id -1: none
     std::vector<int32_t> draws;
     std::vector<float> draw_logprobs;
     int32_t confirm_base = 0, confirm_steps = 0;
@@ -149,10 +209,12 @@ class Sequence {
     void begin_confirm(int32_t base, int32_t steps);
     void raise(std::vector<Event>& events, Event event);
 
-    int32_t handle = -1;
+    // Hints for loops over many sequences: first the objects themselves, some turns later where their columns end.
+    void prefetch(size_t lane) const;
+    void prefetch_ends(size_t lane) const;
 
   private:
-    const Vocabulary& vocabulary(int32_t lane) const { return *vocabularies_[static_cast<size_t>(lane)]; }
+    const Vocabulary& vocabulary(int32_t lane) const { return *words_[lane].vocabulary; }
     Lane& active_lane() { return lanes[static_cast<size_t>(active)]; }
     bool emit_residue(int32_t author, const std::string& residue, std::vector<Event>& events);
     bool release_until(int32_t position, std::vector<Event>& events);
@@ -161,13 +223,8 @@ class Sequence {
     bool confirm_token(int32_t position, bool is_end, std::vector<Event>& events);
     void end_content(const ContentToken& token, std::vector<Event>& events);
 
-    std::vector<const Vocabulary*> vocabularies_;
     const ByteMatcher* tags_;   // pattern 0 opens, pattern 1 closes
     const ByteMatcher* closer_; // pattern 0 closes
-    ByteMatcher stops_;
-    int32_t tag_state_ = ByteMatcher::start;
-    int32_t stop_state_ = ByteMatcher::start;
-    int32_t held_from_ = 0, held_skip_ = 0;
     int32_t confirm_bytes_ = 0, confirm_first_ = 0;
 };
 

@@ -190,6 +190,19 @@ class EngineConfig:
     l2_prefetch              request the next weights into the L2 while attention runs (GPU)
     read_interval            tokens the writing model may be ahead of its reader
     max_span                 tokens of one span before it is closed by force
+    handoff_patience         sequences that wait for a slower model are gathered into one step of it until they have
+                             waited, summed up, this many times what the step makes the others wait; 0 = not at all
+                             (least latency at a seam), 1 = most tokens per second
+    handoff_max_wait_ms      but no sequence waits longer than this
+    catch_up                 when a model runs what the other wrote: "lazy" = when it gets the pen; "eager" = also
+                             before, in steps that have room or when catch_up_chunk tokens have gathered; "adaptive" =
+                             also as soon as an opening tag becomes likely. With unequal tokenizers all are lazy
+    catch_up_chunk           tokens worth a step of their own
+    weight_bound_tokens      tokens a step takes for the price of one; None = 160 on a GPU, 0 on a CPU
+    idle_cache               what becomes of an idle model's pages when memory runs out: "recompute", "swap" (host
+                             memory) or "fp8" (a byte per value; not exact)
+    idle_cache_memory        bytes for "swap" or "fp8", per model
+    second_stream            each model's steps on a CUDA stream of its own (GPU)
     seed                     requests without their own draw theirs from it, one after another
     max_large_tokens, max_offloads, max_offload_fraction, deadline_ms   SamplingParams' budgets, for every answer; of
                              an engine's and a request's own the stricter one holds
@@ -208,6 +221,14 @@ class EngineConfig:
     l2_prefetch: bool = False
     read_interval: int = 4
     max_span: int = 512
+    handoff_patience: float = 1.0
+    handoff_max_wait_ms: float = 100.0
+    catch_up: str = "lazy"
+    catch_up_chunk: int = 256
+    weight_bound_tokens: int | None = None
+    idle_cache: str = "recompute"
+    idle_cache_memory: int | str = "256MiB"
+    second_stream: bool = False
     seed: int = 0
     max_large_tokens: int | None = None
     max_offloads: int | None = None
@@ -232,6 +253,15 @@ class EngineConfig:
         _bool("l2_prefetch", self.l2_prefetch)
         _int("read_interval", self.read_interval, 1, 2**16)
         _int("max_span", self.max_span, 1, MAX_POSITIONS)
+        _number("handoff_patience", self.handoff_patience, 0.0, math.inf)
+        _number("handoff_max_wait_ms", self.handoff_max_wait_ms, 0.0, math.inf)
+        _one_of("catch_up", self.catch_up, ("lazy", "eager", "adaptive"))
+        _int("catch_up_chunk", self.catch_up_chunk, 1, MAX_POSITIONS)
+        if self.weight_bound_tokens is not None:
+            _int("weight_bound_tokens", self.weight_bound_tokens, 0, MAX_POSITIONS)
+        _one_of("idle_cache", self.idle_cache, ("recompute", "swap", "fp8"))
+        object.__setattr__(self, "idle_cache_memory", parse_bytes(self.idle_cache_memory, "idle_cache_memory"))
+        _bool("second_stream", self.second_stream)
         _int("seed", self.seed, -(2**63), 2**64 - 1)
         _check_budgets(self)
 
@@ -242,12 +272,23 @@ class EngineConfig:
 
     def on(self, device: str) -> EngineConfig:
         """With what depends on the kind of device ("cpu", "cuda") filled in."""
-        return self if self.depth is not None else replace(self, depth=2 if device == "cuda" else 1)
+        gpu = device == "cuda"
+        room = self.weight_bound_tokens
+        return replace(
+            self,
+            depth=self.depth or (2 if gpu else 1),
+            weight_bound_tokens=room if room is not None else (160 if gpu else 0),
+        )
 
     @property
     def kv_cache_bytes(self) -> int:
         """kv_cache_memory in bytes."""
         return int(self.kv_cache_memory)
+
+    @property
+    def idle_cache_bytes(self) -> int:
+        """idle_cache_memory in bytes."""
+        return int(self.idle_cache_memory)
 
 
 def _wrong(name: str, found: object, expected: str) -> RequestError:
@@ -288,6 +329,11 @@ def _check_budgets(limits: SamplingParams | EngineConfig) -> None:
 def _bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise _wrong(name, value, "True or False")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise _wrong(name, value, "one of " + ", ".join(map(repr, choices)))
 
 
 def _stop_strings(value: object) -> tuple[str, ...] | None:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from splitdecode.config import EngineConfig, SamplingParams
-from splitdecode.errors import CapacityError, RequestError
+from splitdecode.errors import RequestError
 from splitdecode.models import Transformer, load_model, open_checkpoint
 from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.requests import Requests, closing, gathered
 from splitdecode.runtime.device import DeviceRunner
-from splitdecode.runtime.kvcache import kv_token_bytes
+from splitdecode.runtime.kvcache import make_memory
 from splitdecode.runtime.runners import make_runner
 from splitdecode.split.engine import Choice, Engine
 from splitdecode.split.outputs import Delta, RequestOutput
@@ -65,11 +65,13 @@ class SplitDecoder:
         self.vocab_limits = Pair.of(lambda r: min(models[r].config.vocab_size, tokenizers[r].size))
         if self.tokens.same:  # an id only one of them knows cannot be handed over
             self.vocab_limits = Pair(*[min(self.vocab_limits)] * 2)
-        pages, self.max_len = self._rooms()
+        longest = models.map(lambda m: min(m.config.max_positions, config.max_model_len or m.config.max_positions))
+        self.memory = memory = make_memory(list(models), config, list(longest))
+        self.max_len = longest.map(lambda most: min(most, memory.max_len))
         runners = Pair.of(
             lambda r: make_runner(
                 models[r],
-                pages[r],
+                memory.caches[r],
                 config,
                 self.max_len[r],
                 self.vocab_limits[r],
@@ -78,7 +80,7 @@ class SplitDecoder:
                 eos_ids=eos_ids[r],
             )
         )
-        self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len)
+        self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len, memory.arena)
         self._warm_up()
         self._requests: dict[str, list[Choice]] = {}
         self.requests = Requests(self.tokens, self.vocab_limits, self.max_len, config.seed)
@@ -138,21 +140,6 @@ class SplitDecoder:
         options.setdefault("dtype", "float32")
         options.setdefault("kv_cache_memory", "64MiB")
         return cls.from_pretrained(pair / small, pair / "large", **options)
-
-    def _rooms(self) -> tuple[Pair[int], Pair[int]]:
-        """One budget, two pools of equally many tokens: pages of each, and how long a lane may get in it."""
-        config, models = self.config, self.models
-        per_page = sum(config.page_size * kv_token_bytes(m.config, m.dtype.itemsize) for m in models)
-        pages = config.kv_cache_bytes // per_page
-        if pages < 1:
-            raise CapacityError(
-                f"kv_cache_memory: found {config.kv_cache_bytes} bytes, expected at least {per_page} "
-                f"(one page of {config.page_size} tokens in both caches)"
-            )
-        longest = models.map(lambda m: min(m.config.max_positions, config.max_model_len or m.config.max_positions))
-        useful = longest.map(lambda n: -(-n // config.page_size) * config.max_num_seqs)
-        rooms = useful.map(lambda n: min(pages, n))
-        return rooms, Pair.of(lambda r: min(longest[r], rooms[r] * config.page_size))
 
     def _warm_up(self) -> None:
         """Compiles kernels and captures steps where models run by captured steps, with a progress bar."""

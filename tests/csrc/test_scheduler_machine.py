@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -44,8 +45,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 4),
         logits=st.integers(1, 6),
         max_seqs=st.integers(1, 4),
+        extent=st.sampled_from([0, 0, 1, 2, 3]),
+        spare_extents=st.integers(0, 2),
+        shelf=st.sampled_from([0, 0, 3, 40]),
+        patience=st.sampled_from([0.0, 0.0, 1.0, 4.0]),
+        fill=st.sampled_from([(0, 1 << 30), (4, 3), (0, 1), (8, 1 << 30)]),
     )
-    def build(self, page_size: int, spare: int, **sizes: int) -> None:
+    def build(self, page_size: int, spare: int, **sizes: Any) -> None:
         pages = -(-MAX_LEN // page_size) + spare
         self.world = World(Shape(pages=pages, page_size=page_size, max_len=MAX_LEN, plan_pages=200, **sizes))
         self.stories: dict[int, Story] = {}
@@ -61,6 +67,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         seq = self.world.add(prompts, max_tokens=limit, leader=leader, exact=data.draw(st.booleans()))
         self.stories[seq] = Story()
         self.write(data, seq)
+        if seq in self.stories and data.draw(st.booleans()):
+            self.world.mirror(seq, data.draw(st.integers(0, 1)))
 
     @precondition(lambda self: self.stories)
     @rule(data=st.data())
@@ -69,6 +77,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         seq = data.draw(st.sampled_from(sorted(self.stories)))
         choices = [self.write, self.write, self.cut, self.cut, self.read, self.read, self.confirm, self.abort]
         data.draw(st.sampled_from(choices))(data, seq)
+
+    @precondition(lambda self: self.stories)
+    @rule(data=st.data())
+    def hurry(self, data: st.DataObject) -> None:
+        self.world.scheduler.hurry(data.draw(st.sampled_from(sorted(self.stories))))
 
     @rule(lane=st.integers(0, 1), times=st.integers(1, 3))
     def plan(self, lane: int, times: int) -> None:
@@ -291,6 +304,8 @@ def test_every_sequence_ends_in_pools_that_hold_barely_one(seed: int) -> None:
     chance = random.Random(seed)
     size = chance.choice([1, 2, 4])
     shape = Shape(page_size=size, pages=-(-MAX_LEN // size) + chance.randrange(3), max_len=MAX_LEN, end_ids=())
+    shape = replace(shape, extent=chance.choice([0, 1, 2, 3]), shelf=chance.choice([0, 3, 40]))
+    shape = replace(shape, patience=chance.choice([0.0, 1.0, 5.0]), fill=chance.choice([(0, 1 << 30), (4, 2)]))
     shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, tokens=chance.choice([1, 3, 9]), max_seqs=5)
     world = World(shape)
     seqs = set()
@@ -298,6 +313,8 @@ def test_every_sequence_ends_in_pools_that_hold_barely_one(seed: int) -> None:
         seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice([4, 12]))
         seqs.add(seq)
         world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
+        if chance.random() < 0.5:
+            world.mirror(seq, chance.randrange(2))
     run_dry(world, seqs, chance, 4000)
     world.drain()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from splitdecode._C import Event, PagePool, Phase, Scheduler, Vocabulary
+from splitdecode._C import Arena, Event, PagePool, Phase, Scheduler, Vocabulary
 
 TAGS = ["<x>", "</x>"]
 # Ids 1..8 are the single bytes any residue can be written in; 0 ends, 21 is special, 22 is without text.
@@ -110,6 +110,11 @@ class Shape:
     steps: int = 1
     max_seqs: int = 8
     end_ids: tuple[int, ...] = (EOS,)
+    extent: int = 0  # pages per extent of a memory that both lanes share; `pages` is what one sequence may need
+    spare_extents: int = 0  # extents beyond what a single sequence needs in both lanes
+    shelf: int = 0  # pages on which caches of idle lanes are kept
+    patience: float = 0.0
+    fill: tuple[int, int] = (0, 1 << 30)  # free tokens, chunk of lanes that run ahead of need
 
 
 class World:
@@ -117,10 +122,22 @@ class World:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.pools = [PagePool(shape.pages, shape.page_size, shape.caching) for _ in range(2)]
-        lanes = tuple((pool, vocabulary(), shape.max_len, list(shape.end_ids)) for pool in self.pools)
+        self.pools, self.arena = _pools(shape)
+        self.shelves = [PagePool(max(shape.shelf, 1), shape.page_size, False) for _ in range(2)]
+        lanes = tuple(
+            (pool, vocabulary(), shape.max_len, list(shape.end_ids), *([shelf] if shape.shelf else []))
+            for pool, shelf in zip(self.pools, self.shelves, strict=True)
+        )
         self.scheduler = Scheduler(lanes, TAGS, shape.max_seqs, shape.depth)
+        if self.arena is not None:
+            self.scheduler.share(self.arena)
+        self.scheduler.pace(shape.patience, 50.0)
+        for lane in range(2):
+            self.scheduler.fill(lane, *shape.fill)
+        self.now = 0.0
         self.cache: list[dict[int, int]] = [{}, {}]
+        self.kept: list[dict[int, int]] = [{}, {}]  # the shelves
+        self.mirrored: dict[int, int] = {}
         self.last: list[dict[int, int]] = [{}, {}]  # the device's table of last sampled ids
         self.flights: list[deque[Step]] = [deque(), deque()]
         self.live: list[int] = []
@@ -168,6 +185,12 @@ class World:
         assert self.ids(seq, lane) == expected
         self.decided(seq)
 
+    def mirror(self, seq: int, lane: int) -> None:
+        """From now on `lane` may run content the other one writes."""
+        self.mirrored[seq] = lane
+        self.scheduler.set_projected(seq, lane, self.scheduler.content_size(seq))
+        self.scheduler.mirror(seq, lane)
+
     def refuse(self, seq: int, lane: int) -> None:
         at, count = self.attempts.get((seq, lane), (-1, 0))
         size = len(self.ids(seq, lane))
@@ -177,7 +200,7 @@ class World:
     def finish(self, seq: int) -> None:
         self.scheduler.finish(seq)
         self.live.remove(seq)
-        for table in (self.base, self.mode):
+        for table in (self.base, self.mode, self.mirrored):
             table.pop(seq, None)
         for lane in range(2):
             self.attempts.pop((seq, lane), None)
@@ -215,7 +238,10 @@ class World:
 
     def plan(self, lane: int) -> Step | None:
         """Plans a step and runs it through the shadow cache, with every row checked."""
-        tokens, rows, pages, logits, steps = self.scheduler.plan(lane, *self.buffers, steps=self.shape.steps)
+        self.now += 1.0
+        counts = self.scheduler.plan(lane, *self.buffers, steps=self.shape.steps, now=self.now)
+        tokens, rows, pages, logits, steps = counts
+        self._transfer(lane)
         if rows == 0:
             assert (tokens, pages, logits, steps) == (0, 0, 0, 1)
             return None
@@ -247,6 +273,17 @@ class World:
                 self._run_on(lane, step.rows[index], row_steps[index], (*key,), step.samples)
         self.flights[lane].append(step)
         return step
+
+    def _transfer(self, lane: int) -> None:
+        size = self.shape.page_size
+        for page, kept, out in self.scheduler.take_transfers(lane).reshape(-1, 3).tolist():
+            for n in range(size):
+                here, there = page * size + n, kept * size + n
+                if out:
+                    self.kept[lane][there] = self.cache[lane].get(here, 0)
+                else:
+                    assert not self.pools[lane].immutable(page)
+                    self.cache[lane][here] = self.kept[lane][there]
 
     def _run_on(self, lane: int, row: Row, steps: int, key: tuple[int, int, int], samples: list[int]) -> None:
         """Further steps of a row that decodes: its own samples go in, whatever they were."""
@@ -280,7 +317,9 @@ class World:
     def _wanted(self, lane: int, row: Row) -> list[int]:
         """Tokens of the row behind which an id is drawn."""
         mode = self.mode[row.seq]
-        assert mode.lane == lane
+        if mode.lane != lane:
+            assert self.mirrored[row.seq] == lane
+            return []
         if mode.read_from >= 0:
             return [n for n, p in enumerate(row.positions) if p >= mode.read_from]
         return [len(row.tokens) - 1] if row.positions[-1] + 1 >= len(self.ids(row.seq, lane)) else []
@@ -290,7 +329,8 @@ class World:
         step = self.flights[lane].popleft()
         ids = np.array(step.samples, np.int32)
         logprobs = np.array([logprob(i) for i in step.samples], np.float32)
-        return self.scheduler.commit(lane, ids, logprobs, 1.0)
+        self.now += 1.0
+        return self.scheduler.commit(lane, ids, logprobs, 1.0 + 9.0 * lane, self.now)
 
     def rows(self, lane: int) -> list[tuple[int, int, int]]:
         """Plans: [(seq, start, count)]."""
@@ -311,9 +351,14 @@ class World:
             for lane in range(2):
                 ids, known = self.ids(seq, lane), self.base[seq][lane]
                 assert ids[: len(known)] == known
+                seen = hashes(ids)
+                if self.mirrored.get(seq) == lane != self.mode[seq].lane:
+                    upto = self.scheduler.projected(seq, lane)
+                    content = self.scheduler.content(seq)[0][upto - len(ids) + len(known) : upto].tolist()
+                    assert ids[len(known) :] == content
+                    known = ids
                 if len(ids) > len(known):
                     assert self.mode[seq].lane == lane
-                seen = hashes(ids)
                 for p in range(len(known), len(ids)):
                     assert ids[p] == self.draw(seq, lane, p, seen[p - 1], self.key(seq, lane, p))
                 state = self.scheduler.lane_state(seq, lane)
@@ -329,8 +374,19 @@ class World:
             while self.flights[lane]:
                 assert self.land(lane) == []
         self.scheduler.check_invariants()
-        assert [pool.in_use for pool in self.pools] == [0, 0]
+        assert [pool.in_use for pool in (*self.pools, *self.shelves)] == [0] * 4
         assert self.scheduler.unfinished == 0
+
+
+def _pools(shape: Shape) -> tuple[list[PagePool], Arena | None]:
+    """Two pools of their own, or two that share one memory with room for one sequence in both."""
+    if not shape.extent:
+        return [PagePool(shape.pages, shape.page_size, shape.caching) for _ in range(2)], None
+    each = -(-shape.pages // shape.extent)
+    extents = 2 * each + shape.spare_extents
+    sizes = (extents * shape.extent, shape.page_size, shape.caching, shape.extent)
+    pools = [PagePool(*sizes, shape.extent), PagePool(*sizes, 3 * shape.extent + 1)]
+    return pools, Arena((pools[0], pools[1]), [each, each])
 
 
 def visible(ids: Sequence[int], *, open_ends: bool) -> tuple[bytes, bytes, bool]:

@@ -39,7 +39,7 @@ def kernel_runner(model: Any, *args: Any, **ids: Any) -> DeviceRunner:
 
 def tape_runner(
     model: Any,
-    num_pages: int,
+    cache: KVCache,
     config: EngineConfig,
     max_len: int,
     vocab_limit: int,
@@ -48,7 +48,6 @@ def tape_runner(
     **ids: Any,
 ) -> DeviceRunner:
     """Stands in for runtime.runners.make_runner; everything is captured unless config.enforce_eager."""
-    cache = KVCache(model, num_pages, config.page_size, config.enable_prefix_caching, null_page=True)
     real = torch.float64 if model.dtype == torch.float64 else torch.float32
     slots = DeviceSlots(vocab_limit, config.max_num_seqs, torch.device("cpu"), real, **ids)
     inner = model.inner if isinstance(model, Biased) else model

@@ -24,6 +24,7 @@ from splitdecode import (
     SplitDecoder,
 )
 from splitdecode.config import request_key
+from splitdecode.runtime.kvcache import kv_token_bytes
 from splitdecode.split.roles import Pair, Role
 
 OTHER = [PIECES[0], *reversed(PIECES[1:]), "ab", "c d", "é(", "bc"]  # another tokenizer over the same alphabet
@@ -121,16 +122,22 @@ def random_engine(rng: np.random.Generator) -> dict[str, Any]:
         "depth": int(rng.choice([1, 1, 2, 3])),
         "read_interval": int(rng.choice([1, 2, 3, 4, 8])),
         "max_span": int(rng.choice([1, 3, 7, 40])),
+        "handoff_patience": float(rng.choice([0.0, 1.0, 20.0])),
+        "handoff_max_wait_ms": float(rng.choice([0.0, 5.0, 1000.0])),
+        "catch_up": str(rng.choice(["lazy", "eager", "adaptive"])),
+        "catch_up_chunk": int(rng.choice([1, 4, 256])),
+        "weight_bound_tokens": int(rng.choice([0, 4, 160])),
+        "idle_cache": str(rng.choice(["recompute", "swap"])),
+        "idle_cache_memory": str(rng.choice(["4kB", "1MiB"])),
     }
 
 
 def make_decoder(world: World, engine: dict[str, Any], pages: int | None = None) -> SplitDecoder:
-    token_bytes = sum(
-        m.config.num_layers * 2 * m.config.num_kv_heads * m.config.head_dim * m.dtype.itemsize for m in world.models
-    )
+    token_bytes = [kv_token_bytes(m.config, m.dtype.itemsize) for m in world.models]
     length = engine["max_model_len"]
     wanted = pages if pages is not None else 4 * -(-length // engine["page_size"])
-    config = EngineConfig(kv_cache_memory=wanted * engine["page_size"] * token_bytes, **engine)
+    budget = engine["page_size"] * max(wanted * sum(token_bytes), 2 * max(token_bytes))
+    config = EngineConfig(kv_cache_memory=budget, **engine)
     return SplitDecoder(world.models, world.tokenizers, eos_ids=Pair((0,), (0,)), config=config)
 
 

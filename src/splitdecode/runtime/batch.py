@@ -54,9 +54,10 @@ class StepBuffers:
         self._batch: Batch | None = None
         self.page_size = page_size
 
-    def plan(self, scheduler: Scheduler, lane: int, steps: int = 1) -> Batch | None:
-        """The lane's next step (up to `steps` at once where all it does is decode), or None when nothing is pending."""
-        counts = scheduler.plan(lane, *self._arrays, steps=steps)
+    def plan(self, scheduler: Scheduler, lane: int, steps: int = 1, now: float = 0.0) -> Batch | None:
+        """The lane's next step (up to `steps` at once where all it does is decode), or None when nothing is
+        pending or the lane is held back. now: milliseconds that never run backwards."""
+        counts = scheduler.plan(lane, *self._arrays, steps=steps, now=now)
         if counts[1] == 0:
             return None
         if counts != self._counts:

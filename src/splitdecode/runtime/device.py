@@ -94,6 +94,7 @@ class DeviceRunner:
         if config.programmatic_launch and pinned and torch.cuda.get_device_capability(self.device) < (9, 0):
             raise RequestError("programmatic_launch: found True, expected False on a GPU older than sm_90")
         self._current = torch.cuda.device(self.device) if pinned else nullcontext()  # where Triton launches
+        self._stream = torch.cuda.Stream(self.device) if pinned and config.second_stream else None  # type: ignore[no-untyped-call]
         slots, page = config.max_num_seqs, config.page_size
         self._rings, self._turn = (config.depth or 1) + 1, 0
         self.table = torch.zeros(slots, -(-max_len // page), dtype=torch.int32, device=self.device)
@@ -171,7 +172,11 @@ class DeviceRunner:
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> DeviceFlight:
         """Sends a step on its way. Tokens below zero stand for the id last sampled for sequence -1 - token."""
         with self._current:
-            return self._launch(batch, counts)
+            if self._stream is None:
+                return self._launch(batch, counts)
+            self._stream.wait_stream(torch.cuda.default_stream(self.device))  # where slots are set
+            with torch.cuda.stream(self._stream):
+                return self._launch(batch, counts)
 
     def _launch(self, batch: Batch, counts: Sequence[Counts]) -> DeviceFlight:
         start = perf_counter()

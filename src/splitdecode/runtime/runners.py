@@ -19,7 +19,7 @@ Runner = ModelRunner | DeviceRunner
 
 def make_runner(
     model: Transformer,
-    num_pages: int,
+    cache: KVCache,
     config: EngineConfig,
     max_len: int,
     vocab_limit: int,
@@ -28,9 +28,8 @@ def make_runner(
     entering_ids: Iterable[int] = (),
     eos_ids: Iterable[int] = (),
 ) -> Runner:
-    """The model with a cache of its own of `num_pages` pages; what the ids are for stands in Sampler."""
+    """The model, its cache and what draws from it; what the ids are for stands in Sampler."""
     cuda = model.device.type == "cuda"
-    cache = KVCache(model, num_pages, config.page_size, config.enable_prefix_caching, null_page=cuda)
     ids = {"banned_ids": banned_ids, "entering_ids": entering_ids, "eos_ids": eos_ids}
     if not cuda:
         sampler = Sampler(vocab_limit, config.max_num_seqs, **ids)

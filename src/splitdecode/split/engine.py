@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 
-from splitdecode._C import Event, Scheduler
+import torch
+
+from splitdecode._C import Arena, Event, Scheduler
 from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.runtime.batch import Batch, StepBuffers
 from splitdecode.runtime.device import DeviceFlight
@@ -60,13 +62,23 @@ class Engine:
         config: EngineConfig,
         eos_ids: Pair[list[int]],
         max_len: Pair[int],
+        arena: Arena | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """clock: seconds that never run backwards; arrival, first-token and finish times are read from it."""
         self.runners, self.tokens, self.config, self.max_len, self.clock = runners, tokens, config, max_len, clock
         self.depth = config.depth or 1
-        specs = tuple((runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r]) for r in Role)
+        specs = tuple(
+            (runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r], runners[r].cache.shelf_pool)
+            for r in Role
+        )
         self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, self.depth)
+        self.scheduler.pace(config.handoff_patience, config.handoff_max_wait_ms)
+        if arena is not None:
+            self.scheduler.share(arena)
+        for role in Role:
+            self.scheduler.fill(role, config.weight_bound_tokens or 0, config.catch_up_chunk)
+        self.ahead = config.catch_up != "lazy" and tokens.same
         self.buffers = Pair.of(self._buffers)
         self.flights: Pair[deque[Flight | DeviceFlight]] = Pair(deque(), deque())
         self.waiting: deque[Choice] = deque()
@@ -93,7 +105,9 @@ class Engine:
         launched = Pair(False, False)
         try:
             for role in Role:
-                if (batch := self.buffers[role].plan(self.scheduler, role, self.runners[role].steps)) is not None:
+                batch = self.buffers[role].plan(self.scheduler, role, self.runners[role].steps, 1e3 * self.clock())
+                self._transfer(role)
+                if batch is not None:
                     launched[role] = True
                     self.flights[role].append(self._launch(role, batch))
             for role in Role:
@@ -150,6 +164,8 @@ class Engine:
         budget = self.budgets.of(params, choice.key, choice.metrics.arrival_time)
         choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget)
         self.running[handle] = choice
+        if self.ahead:
+            self.scheduler.mirror(handle, Role.LARGE)
         if self.tracer is not None:
             self.tracer.started(self, choice)
         self._apply(self._guarded(choice.sequence, choice.sequence.start), started=choice)
@@ -163,6 +179,12 @@ class Engine:
         if self.tracer is not None:
             self.tracer.launched(self, role, flight)
         return flight
+
+    def _transfer(self, role: Role) -> None:
+        """Copies that the plan ordered: caches of idle lanes, to the shelf and back."""
+        cache = self.runners[role].cache
+        if cache.shelf is not None and len(moves := self.scheduler.take_transfers(role)):
+            cache.transfer(torch.from_numpy(moves).view(-1, 3))
 
     def _counts(self, role: Role, batch: Batch) -> list[Counts]:
         """What penalties count, for the rows that have any: ids of the lane up to the row's token, tags left out."""
@@ -183,7 +205,7 @@ class Engine:
             for best, (_, seq, position, stream, _, _) in zip(flight.top, flight.draws.tolist(), strict=True):
                 if best is not None and seq in self.running:
                     self.running[seq].top[role, position + (stream >> 8)] = best
-        self._apply(self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms))
+        self._apply(self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms, 1e3 * self.clock()))
         self._look_out()
 
     def _apply(self, events: list[Event], started: Choice | None = None) -> None:

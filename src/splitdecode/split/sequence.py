@@ -18,7 +18,7 @@ from splitdecode.split.block import Block
 from splitdecode.split.budget import Budget
 from splitdecode.split.handoff import Action, Handoff
 from splitdecode.split.policies import CloseRule, HandoffPolicy, Opening
-from splitdecode.split.roles import Pair, Role
+from splitdecode.split.roles import Role
 from splitdecode.split.tokens import PairTokens
 
 SMALL, LARGE = Role.SMALL, Role.LARGE
@@ -43,7 +43,6 @@ class SplitSequence:
         self.budget = budget or Budget()
         self.handoff = Handoff(policy, self.budget)
         self.policy = policy
-        self.projected = Pair(0, 0)  # content tokens each lane holds
         self.mark: int | None = None  # content position at which the small model may have to give the pen away
         self.span_start = 0  # content tokens before the span
         self.span_base = 0  # large-lane position at which it starts
@@ -145,7 +144,7 @@ class SplitSequence:
     # ---- LARGE writes
 
     def _begin_span(self) -> list[Event]:
-        self.projected[SMALL] = self._position()
+        self.scheduler.set_projected(self.handle, SMALL, self._position())
         self._catch_up(LARGE)
         self.handoff.pen = LARGE
         self.handoffs += 1
@@ -317,7 +316,8 @@ class SplitSequence:
     def _return_pen(self, scan_from: int) -> list[Event]:
         self.block = None
         self.budget.close(self._position())
-        self.projected[LARGE] = self.projected[SMALL] = self._position()
+        for role in Role:
+            self.scheduler.set_projected(self.handle, role, self._position())
         return self._write_on(scan_from)
 
     def _finish_on(self, event: Event) -> list[Event]:
@@ -364,7 +364,7 @@ class SplitSequence:
         return self.scheduler.room(self.handle, LARGE) > len(self._owed(LARGE))
 
     def _owed(self, role: Role) -> list[int]:
-        ids = [int(i) for i in self.scheduler.content(self.handle, self.projected[role])[0]]
+        ids = [int(i) for i in self.scheduler.content(self.handle, self.scheduler.projected(self.handle, role))[0]]
         return self.tokens.project(role.other, ids)
 
     def _catch_up(self, role: Role) -> bool:
@@ -373,7 +373,7 @@ class SplitSequence:
         if len(ids) > self.scheduler.room(self.handle, role):
             return False
         self._retarget(role, self._size(role), ids)
-        self.projected[role] = self._position()
+        self.scheduler.set_projected(self.handle, role, self._position())
         return True
 
     def _retarget(self, role: Role, keep: int, ids: list[int], *, in_tag: bool = False) -> None:
