@@ -1,8 +1,8 @@
 """Benchmarks: one throughput measurement: a pair, its requests, every mode of ours under every load, a peer beside it.
 
-Every run starts with empty prefix caches, and all runs are taken in turns. One model alone writes as many tokens for
-each request, EOS ignored; so does the peer, in static batches of as many prompts as we run at once. Answers by the
-pair's own tags end where they end.
+Every run starts with empty prefix caches, and all runs are taken in turns. What each request waited for is seen in a
+run of its own, which is not timed. One model alone writes as many tokens for each request, EOS ignored; so does the
+peer, in static batches of as many prompts as we run at once. Answers by the pair's own tags end where they end.
 
 Two floors: streaming the weights once per forward, and the products of every token at the rate of one large product.
 Which of them is the higher is added up by model; attention, sampling and scheduling are overhead by that measure.
@@ -11,7 +11,7 @@ Which of them is the higher is added up by model; attention, sampling and schedu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from measure import describe_pair, floor_ms, modes_of, peer_of
 from pairs import build, check_fits, resolve
 from peers import TransformersPeer, versions
 from runs import Job
-from serving import Watch, latencies
+from serving import Watch
 from traces import make_trace, workload
 
 from splitdecode.config import SamplingParams
@@ -100,33 +100,34 @@ class Crowd:
 
     def run(self) -> None:
         """Every mode and the peer under every load, in turns."""
-        args, works = self.args, {}
-        kept: dict[tuple[str, Traffic], list[Watch]] = {}
+        args = self.args
+        works: dict[str, Callable[[], Any]] = {}
         peer = self._peer() if args.compare else None
         for traffic in self.traffics:
             for mode in self.modes:
-                found = kept[mode, traffic] = []
-                works[f"{mode}, {traffic.label}"] = partial(self._serve, mode, traffic, found)
+                works[f"{mode}, {traffic.label}"] = partial(self._serve, mode, traffic)
                 if peer is not None and mode in _ALONE:
                     works[f"peer: {mode}, {traffic.label}"] = self._batches(peer, mode, traffic)
         took = race(works, args.num_iters, args.num_iters_warmup, self._settle)
-        for (mode, traffic), watches in kept.items():
-            name = f"{mode}, {traffic.label}"
-            self.runs.append(self._figures(mode, traffic, took[name], watches[args.num_iters_warmup :]))
-            if f"peer: {name}" in took:
-                self.peers.append(self._beside(mode, traffic, took[f"peer: {name}"], watches[-1]))
+        for traffic in self.traffics:
+            for mode in self.modes:
+                with Watch(self.decoder.engine) as watch:
+                    self._serve(mode, traffic, watch.look)
+                name = f"{mode}, {traffic.label}"
+                self.runs.append(self._figures(mode, traffic, took[name], watch))
+                if f"peer: {name}" in took:
+                    self.peers.append(self._beside(mode, traffic, took[f"peer: {name}"], watch))
         if args.chrome_trace is not None:
             with traced(self.decoder, args.chrome_trace):
-                self._drive(self.traffics[-1], self._choices(self.modes[-1], self.traffics[-1]))
+                self._serve(self.modes[-1], self.traffics[-1])
 
-    def _serve(self, mode: str, traffic: Traffic, kept: list[Watch]) -> None:
+    def _serve(self, mode: str, traffic: Traffic, after: Callable[[], None] = lambda: None) -> None:
+        """One run; `after` is called behind every tick."""
         for runner in self.decoder.engine.runners:
             runner.cache.pool.clear_cache()
-        with Watch(self.decoder.engine) as watch:
-            self._drive(traffic, self._choices(mode, traffic), watch.look)
-        kept.append(watch)
+        self._drive(traffic, self._choices(mode, traffic), after)
 
-    def _drive(self, traffic: Traffic, choices: list[Choice], after: Callable[[], None] = lambda: None) -> None:
+    def _drive(self, traffic: Traffic, choices: list[Choice], after: Callable[[], None]) -> None:
         engine = self.decoder.engine
         if traffic.closed:
             closed_loop(engine, choices, int(traffic.value), after)
@@ -209,16 +210,15 @@ class Crowd:
             "wall_ms": took.wall,
         }
 
-    def _figures(self, mode: str, traffic: Traffic, took: Timed, watches: Sequence[Watch]) -> dict[str, Any]:
-        work = watches[-1].work()
-        floors = self._floor(watches[-1])
+    def _figures(self, mode: str, traffic: Traffic, took: Timed, watch: Watch) -> dict[str, Any]:
+        work, floors = watch.work(), self._floor(watch)
         return {
             "mode": mode,
             **traffic.describe(),
             **self._rates(took, work["tokens"]),
             "requests_per_second": 1e3 * work["requests"] / took.wall.median,
             **work,
-            **latencies(watches),
+            **watch.latencies(),
             "floor_ms": floors,
             "roofline_share": floors["either"] / self._trusted(took),
         }

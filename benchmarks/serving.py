@@ -10,7 +10,7 @@ author of the first token that was waited for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +119,6 @@ class Watch(Tracer):
 
     # ---- told
 
-    @property
-    def tokens(self) -> int:
-        """Content tokens of all answers."""
-        return sum(len(choice.output.token_ids) for choice in self.tracks if choice.output is not None)
-
     def work(self) -> dict[str, Any]:
         """What was run for these answers: the same in every run of a greedy workload."""
         total = RequestMetrics()
@@ -157,23 +152,22 @@ class Watch(Tracer):
             "share_of_steps": load.ticks / self.ticks if self.ticks else None,
         }
 
-
-def latencies(watches: Sequence[Watch]) -> dict[str, Any]:
-    """Percentiles in ms by the engine's clock, over all answers of all runs."""
-    choices = [choice for watch in watches for choice in watch.tracks]
-    tracks = [(choice, track) for watch in watches for choice, track in watch.tracks.items()]
-    gaps = [gap for choice, track in tracks for gap in gaps_of(choice, track)]
-    metrics = [choice.metrics for choice in choices]
-    return {
-        "ttft_ms": percentiles(m.first_token_time - m.arrival_time for m in metrics if m.first_token_time is not None),
-        "itl_ms": {
-            "all": percentiles(seconds for _, seconds in gaps),
-            **{str(role): percentiles(s for author, s in gaps if author == str(role)) for role in Role},
-        },
-        "tpot_ms": percentiles(each for _, track in tracks if (each := _per_token(track)) is not None),
-        "request_ms": percentiles(m.finished_time - m.arrival_time for m in metrics if m.finished_time is not None),
-        "seam_stall_ms": percentiles(stall for watch in watches for stall in watch.stalls),
-    }
+    def latencies(self) -> dict[str, Any]:
+        """Percentiles in ms by the engine's clock, over all answers."""
+        gaps = [gap for choice, track in self.tracks.items() for gap in gaps_of(choice, track)]
+        metrics = [choice.metrics for choice in self.tracks]
+        firsts = ((m.first_token_time, m.arrival_time) for m in metrics)
+        lasts = ((m.finished_time, m.arrival_time) for m in metrics)
+        return {
+            "ttft_ms": percentiles(first - arrival for first, arrival in firsts if first is not None),
+            "itl_ms": {
+                "all": percentiles(seconds for _, seconds in gaps),
+                **{str(role): percentiles(s for author, s in gaps if author == str(role)) for role in Role},
+            },
+            "tpot_ms": percentiles(s for track in self.tracks.values() if (s := _per_token(track)) is not None),
+            "request_ms": percentiles(last - arrival for last, arrival in lasts if last is not None),
+            "seam_stall_ms": percentiles(self.stalls),
+        }
 
 
 def gaps_of(choice: Choice, track: Track) -> list[tuple[str, float]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from oracles.flaky import IDS, PROMPT, build, opened
 from oracles.scripted import scripted_pair
-from oracles.serving import GREEDY, LONG, Watch, collect, last, merged, paused, run, serving, settled
+from oracles.serving import GREEDY, LONG, UNPACED, Watch, collect, last, merged, paused, run, serving, settled
 from oracles.tiny import PIECES
 from oracles.worlds import World, make_decoder, make_world, random_engine, random_params, random_policy
 
@@ -111,6 +111,7 @@ def test_snapshots_only_ever_grow(world: World) -> None:
                     assert longer.startswith(text)
                 assert two.token_ids[: len(one.token_ids)] == one.token_ids
                 assert authors(two)[: len(one.token_ids)] == authors(one)
+                assert all(left.model != right.model for left, right in pairwise(one.spans))
                 if params.logprobs is not None:
                     assert two.logprobs[: len(one.logprobs)] == one.logprobs
                     assert one.cumulative_logprob == pytest.approx(
@@ -184,7 +185,7 @@ def test_a_slow_consumer_gets_the_latest_and_holds_nobody_up() -> None:
 @pytest.mark.parametrize("most", [1, 3, 100])
 def test_deltas_of_a_slow_consumer_grow_together(most: int) -> None:
     """Whatever is asked late comes whole, in few pieces: `most`, and one per change of author."""
-    decoder, sync = build(read_interval=2), build(read_interval=2)
+    decoder, sync = build(read_interval=2, **UNPACED), build(read_interval=2, **UNPACED)
     for one in (decoder, sync):
         opened(one)
         one.models.small.says(14, [IDS[piece] for piece in ("</", "big", "model", ">")])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from oracles.flaky import PROMPT, Broken, build, opened, pages
-from oracles.serving import LONG, Watch, collect, last, paused, run, serving, settled
+from oracles.serving import LONG, UNPACED, Watch, collect, last, paused, run, serving, settled
 
 from splitdecode import (
     AsyncSplitDecoder,
@@ -27,7 +27,7 @@ TWENTY = SamplingParams(temperature=0.0, max_tokens=20)
 
 
 def build_opened(**engine: Any) -> SplitDecoder:
-    decoder = build(**engine)
+    decoder = build(**UNPACED, **engine)
     opened(decoder)
     return decoder
 

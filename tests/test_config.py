@@ -33,7 +33,12 @@ GOOD: dict[str, list[Any]] = {
     "logprobs": [None, 0, 20],
     "logit_bias": [None, {}, {3: -100, 4: 100.0}],
     "skip_special_tokens": [False],
+    "max_large_tokens": [None, 0, 1, 2**31 - 1],
+    "max_offloads": [None, 0, 2**31 - 1],
+    "max_offload_fraction": [None, 0, 0.0, 0.02, 1, 1.0],
+    "deadline_ms": [None, 0, 0.5, 250, 1e12],
 }
+BUDGETS = {"max_large_tokens", "max_offloads", "max_offload_fraction", "deadline_ms"}
 BAD: dict[str, list[Any]] = {
     "n": [0, -1, 129, True, 1.0, "1", None],
     "temperature": [-0.1, math.nan, math.inf, True, "1", None, 10**400],
@@ -53,6 +58,10 @@ BAD: dict[str, list[Any]] = {
     "logprobs": [-1, 21, True, 1.0],
     "logit_bias": [{-1: 0}, {"1": 0}, {1: 101}, {1: -100.5}, {1: math.nan}, {1: True}, [1], {True: 1}],
     "skip_special_tokens": [1],
+    "max_large_tokens": [-1, 1.0, True, "9", 2**31],
+    "max_offloads": [-1, 0.5, False, "all", 2**31],
+    "max_offload_fraction": [-0.01, 1.01, 2, math.nan, True, "5%"],
+    "deadline_ms": [-1, math.nan, math.inf, True, "1s", 10**400],
 }
 
 
@@ -165,11 +174,18 @@ def test_no_sizes(text: Any) -> None:
         ("read_interval", 0),
         ("max_span", 0),
         ("seed", 1.5),
+        *((name, value) for name in sorted(BUDGETS) for value in BAD[name]),
     ],
 )
 def test_engine_bounds(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name}"):
         EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_an_engine_takes_the_budgets_of_a_request(name: str) -> None:
+    for value in GOOD[name]:
+        assert getattr(EngineConfig(**{name: value}), name) == value
 
 
 def test_engine_defaults() -> None:

@@ -192,7 +192,7 @@ class EngineConfig:
     max_span                 tokens of one span before it is closed by force
     handoff_patience         sequences that wait for a slower model are gathered into one step of it until they have
                              waited, summed up, this many times what the step makes the others wait; 0 = not at all
-                             (least latency at a seam), 1 = most tokens per second
+                             (least latency at a seam); most tokens per second come at 0.25 to 1 (benchmarks/simulate.py)
     handoff_max_wait_ms      but no sequence waits longer than this
     catch_up                 when a model runs what the other wrote: "lazy" = when it gets the pen; "eager" = also
                              before, in steps that have room or when catch_up_chunk tokens have gathered; "adaptive" =
@@ -221,7 +221,7 @@ class EngineConfig:
     l2_prefetch: bool = False
     read_interval: int = 4
     max_span: int = 512
-    handoff_patience: float = 1.0
+    handoff_patience: float = 0.25
     handoff_max_wait_ms: float = 100.0
     catch_up: str = "lazy"
     catch_up_chunk: int = 256

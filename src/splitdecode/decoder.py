@@ -39,7 +39,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class SplitDecoder:
     """One reasoning stream, two models: the small one writes, and hands the pen over where it says so.
 
-    Not thread-safe: one thread drives one decoder. Any number of decoders live in one process.
+    Not thread-safe: one thread drives one decoder (AsyncSplitDecoder is the one for many tasks). Any number of decoders
+    live in one process.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from splitdecode import AsyncSplitDecoder, Delta, SamplingParams, SplitDecoder
 
 T = TypeVar("T")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
+UNPACED: dict[str, Any] = {"handoff_patience": 0.0}  # else measured times decide how many ticks an answer takes
 LONG = SamplingParams(temperature=0.0, max_tokens=200)
 
 
@@ -88,9 +89,8 @@ def merged(deltas: list[Delta]) -> list[Delta]:
 
 def tagged(**engine: Any) -> SplitDecoder:
     """Prefills in chunks, opens, is read along two by two, closes, writes on."""
-    decoder = build(
-        max_num_batched_tokens=5, read_interval=2, enable_prefix_caching=False, **{"max_num_seqs": 2, **engine}
-    )
+    fixed: dict[str, Any] = {"max_num_batched_tokens": 5, "read_interval": 2, "enable_prefix_caching": False}
+    decoder = build(**fixed, **{"max_num_seqs": 2, **UNPACED, **engine})
     tag = [IDS[piece] for piece in ("big", "model", ">")]
     decoder.models.small.says(12, [A, IDS["<"], *tag]).says(22, [IDS["</"], *tag])
     return decoder

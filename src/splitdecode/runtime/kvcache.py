@@ -54,7 +54,10 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The caches of several models in one memory. max_len: positions a sequence may have if all of them hold it."""
+    """The caches of several models in one memory.
+
+    max_len: positions a sequence may have if all of them hold it, each up to the longest it may have.
+    """
 
     caches: list[KVCache]
     arena: Arena
@@ -119,8 +122,8 @@ def _plan(models: Sequence[Transformer], config: EngineConfig, longest: Sequence
         )
 
     def needed(tokens: int) -> list[int]:
-        """Extents of each model for so many tokens."""
-        return [_ceil(_ceil(tokens, size), p) for p in pages]
+        """Extents of each model for so many tokens, or for as many as it may have."""
+        return [_ceil(_ceil(min(tokens, most), size), p) for p, most in zip(pages, longest, strict=True)]
 
     useful = sum(_ceil(_ceil(most, size) * config.max_num_seqs, p) for most, p in zip(longest, pages, strict=True))
     extents = min(extents, useful)

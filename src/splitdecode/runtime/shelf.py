@@ -1,9 +1,11 @@
 """F4: where the cache of a lane that is not needed now may wait: in host memory, or in a byte per value.
 
     swap   pages as they are, in host memory (pinned where there is a GPU): exact, costs a copy each way
-    fp8    e4m3 with one scale per page, layer, key or value, and head, on the model's device: no copy over a bus, but
-           lossy: values are off by 2^-4 of themselves at most, those below 2^-6 of the largest / 448 by 2^-10 of that
+    fp8    e4m3 with a scale per position, layer, key or value, and head, on the model's device: no copy over a bus,
+           but lossy: a value x comes back, rounded to the cache's dtype, off by at most |x| / 16 or by 2^-10 / 448 of
+           the largest in its head, whichever is more
 
+A scale belongs to one position: the slots behind a lane's last one hold whatever was in that memory before.
 Copies run in stream order with the steps around them.
 """
 
@@ -79,16 +81,16 @@ class Fp8Shelf(Shelf):
 
     def __init__(self, num_pages: int, kv: Tensor) -> None:
         super().__init__(num_pages, kv)
-        layers, size, two, heads, dim = self.page_shape
-        self._pages = torch.empty((num_pages, layers, size, two, heads, dim), dtype=FP8, device=kv.device)
-        self._scales = torch.empty((num_pages, layers, 1, two, heads, 1), dtype=torch.float32, device=kv.device)
+        self._pages = torch.empty((num_pages, *self.page_shape), dtype=FP8, device=kv.device)
+        self._scales = torch.empty((num_pages, *self.page_shape[:-1], 1), dtype=torch.float32, device=kv.device)
 
     def put(self, kv: Tensor, pages: Tensor, kept: Tensor) -> None:
         fetched = kv.index_select(1, pages).transpose(0, 1).float()  # [n, L, page_size, 2, Hkv, D]
-        scales = fetched.abs().amax((2, 5), keepdim=True).clamp_min(1e-30) / _LARGEST
-        where = kept.to(kv.device)
-        self._scales[where] = scales
-        self._pages.view(torch.uint8)[where] = (fetched / scales).to(FP8).view(torch.uint8)
+        scales = fetched.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _LARGEST
+        values = (fetched / scales).to(FP8)
+        for n, place in enumerate(kept.tolist()):  # one by one: a place may be taken twice in a run, the last counts
+            self._scales[place].copy_(scales[n])
+            self._pages[place].copy_(values[n])
 
     def take(self, kv: Tensor, pages: Tensor, kept: Tensor) -> None:
         where = kept.to(kv.device)
@@ -105,6 +107,7 @@ def make_shelf(model: Transformer, config: EngineConfig, kv: Tensor) -> Shelf | 
     """The shelf config.idle_cache asks for, within config.idle_cache_memory; None where idle caches are recomputed."""
     if config.idle_cache == "recompute":
         return None
-    per_page = kv[:, 0].numel() * (1 if config.idle_cache == "fp8" else kv.element_size())
+    values = kv[:, 0].numel()
+    per_page = values + values // kv.shape[-1] * 4 if config.idle_cache == "fp8" else values * kv.element_size()
     pages = max(1, config.idle_cache_bytes // per_page)
     return (Fp8Shelf if config.idle_cache == "fp8" else HostShelf)(pages, kv)

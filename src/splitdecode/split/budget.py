@@ -15,8 +15,9 @@ ever, and stands with probability
 As b falls, openings the small model is least certain of go first; a certain one (p = 1) always stands.
 
 Steering. Averaged over openings, alpha(p, b) rises with b. The b at which the average is the wanted q is found by
-b <- b + step (q - alpha(p, b)) after each opening: Robbins and Monro, "A stochastic approximation method", Annals of
-Mathematical Statistics 22 (1951).
+b <- b + step (q - alpha(p, b)) after each opening, the step falling as 1/n: Robbins and Monro, "A stochastic
+approximation method", Annals of Mathematical Statistics 22 (1951). It stops falling where b would no longer follow what
+is asked; neighbouring openings are alike, and a large step would follow those instead.
 
 Account. Answer r has the share s_r = large tokens / tokens; wanted is the mean of s_r = target. The balance
 
@@ -25,11 +26,14 @@ Account. Answer r has the share s_r = large tokens / tokens; wanted is the mean 
 counts finished answers exactly (released_r = 1). Of an answer that runs, released_r = openings seen / openings an
 answer has on average, at most 1: so an allowance comes due with the openings it is meant for, not at arrival, where the
 first openings of each answer would take it all. Its s_r is expected: large tokens so far, and of a span that runs the
-mean length of a span, over the mean length of an answer (or its own, once it is longer): an early opening is not charged
-as if the answer ended there. An opening that survived thinning and would cost c stands if balance / c > u, u uniform.
-So no opening stands that overdraws the balance by more than its own cost; errors are carried to the next opening (error
-diffusion: Floyd and Steinberg, 1976), and u breaks the pattern that would otherwise favour, say, every second one
-(threshold modulation: Ulichney, "Dithering with blue noise", Proc. IEEE 76, 1988).
+mean length of a span, over the mean length of an answer (or its own, once it is longer): an early opening is not
+charged as if the answer ended there. An opening that survived thinning and would cost c stands if balance / c > u, u
+uniform. So no opening stands that overdraws the balance by more than its own cost; what was granted too much or too
+little is carried to the next opening (error diffusion: Floyd and Steinberg, "An adaptive algorithm for spatial
+greyscale", 1976), and u keeps a rhythm of the answers from favouring, say, each one's first (a random threshold:
+Ulichney, "Dithering with blue noise", Proc. IEEE 76, 1988). A span that outgrows the mean is charged as it grows; it is
+closed by force once that overdraws the balance by SLACK openings. Where the balance stays between -(1 + SLACK) c and c,
+the mean share of n answers is within (1 + SLACK) c / n of the target.
 """
 
 from __future__ import annotations
@@ -46,8 +50,10 @@ from splitdecode.split.roles import Role
 
 Limit = TypeVar("Limit", int, float)
 
+ACCOUNTS = 1024  # targets an engine remembers
 MEMORY = 256  # answers, openings, spans: how far back means look, and for how many answers a balance is saved up
-STEP = 0.5  # of the bias, per opening; log-odds
+STEPS = (1.0, 0.05)  # of the bias, per opening, in log-odds: at first, and at last
+STEADY = 16  # openings after which it is half of what it was at first
 PULL = 0.1  # how much more of the openings is wanted per opening in the account
 SLACK = 2.0  # openings an account may be overdrawn before spans that run on are closed
 LOWEST_BIAS = -16.0  # more certain than 1 - 1e-7 is certain: float32 log-probs tell no further
@@ -92,6 +98,7 @@ class Account:
         self.target = target
         self.bias = 0.0
         self.balance = 0.0
+        self.asked = 0  # openings of all answers
         self.answer = Mean(256.0)  # tokens; the three guesses count until an answer (or a span) has ended
         self.span = Mean(8.0)  # tokens
         self.offers = Mean(1.0)  # openings an answer asks for
@@ -107,7 +114,9 @@ class Account:
         chance = acceptance(logprob, self.bias)
         wanted = self.target / (max(self.offers.value, 1.0) * cost) + PULL * (credit - 1.0)
         wanted = min(max(wanted, 0.0), 1.0)
-        self.bias = min(max(self.bias + STEP * (wanted - chance), LOWEST_BIAS), 0.0)
+        step = max(STEPS[0] / (1 + self.asked / STEADY), STEPS[1])
+        self.asked += 1
+        self.bias = min(max(self.bias + step * (wanted - chance), LOWEST_BIAS), 0.0)
         if draws[0] >= chance or credit <= draws[1]:
             return False
         self._enter(seat, seat.released, share)
@@ -255,12 +264,11 @@ class Budgets:
     def of(self, params: SamplingParams, key: int, arrival: float) -> Budget:
         """The budget of one answer; arrival: on the engine's clock."""
         ms = _stricter(params.deadline_ms, self.config.deadline_ms)
-        target = self._target(params)
         return Budget(
             tokens=_stricter(params.max_large_tokens, self.config.max_large_tokens),
             offloads=_stricter(params.max_offloads, self.config.max_offloads),
             deadline=None if ms is None else arrival + ms / 1e3,
-            account=None if target is None else self.accounts.setdefault(target, Account(target)),
+            account=self._account(self._target(params)),
             seat=Seat(params.max_tokens or math.inf),
             key=key,
             clock=self.clock,
@@ -271,6 +279,13 @@ class Budgets:
         """What the sampler of `role` is given: an account needs the log-probs of the small model's tags."""
         asks = role is Role.SMALL and params.logprobs is None and self._target(params) is not None
         return replace(params, logprobs=0) if asks else params
+
+    def _account(self, target: float | None) -> Account | None:
+        if target is None:
+            return None
+        if target not in self.accounts and len(self.accounts) >= ACCOUNTS:
+            del self.accounts[next(iter(self.accounts))]  # the oldest; answers that run keep theirs
+        return self.accounts.setdefault(target, Account(target))
 
     def _target(self, params: SamplingParams) -> float | None:
         target = _stricter(params.max_offload_fraction, self.config.max_offload_fraction)

@@ -83,9 +83,11 @@ class Engine:
         self.flights: Pair[deque[Flight | DeviceFlight]] = Pair(deque(), deque())
         self.waiting: deque[Choice] = deque()
         self.running: dict[int, Choice] = {}
+        self._silent: dict[int, Choice] = {}  # those without a token, those that stream: a tick looks at no others
+        self._streaming: dict[int, Choice] = {}
         self.tracer: Tracer | None = None
         self._penalised = 0
-        self.budgets = Budgets(config, clock)
+        self.budgets = Budgets(config, lambda: self.clock())
 
     def add(self, choice: Choice) -> None:
         """Queues an answer; it starts when a handle is free."""
@@ -163,7 +165,9 @@ class Engine:
         self._penalised += params.penalised
         budget = self.budgets.of(params, choice.key, choice.metrics.arrival_time)
         choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget)
-        self.running[handle] = choice
+        self.running[handle] = self._silent[handle] = choice
+        if choice.stream is not None:
+            self._streaming[handle] = choice
         if self.ahead:
             self.scheduler.mirror(handle, Role.LARGE)
         if self.tracer is not None:
@@ -240,11 +244,13 @@ class Engine:
     def _look_out(self) -> None:
         """First-token times, and the deltas of answers that stream."""
         now = self.clock()
-        for handle, choice in self.running.items():
-            if choice.metrics.first_token_time is None and self.scheduler.content_size(handle):
-                choice.metrics.first_token_time = now
-            if choice.stream is not None:
-                choice.deltas += choice.stream.deltas(self.scheduler, handle, final=False)
+        for handle, choice in list(self._silent.items()):
+            if self.scheduler.content_size(handle):
+                choice.metrics.first_token_time = choice.metrics.first_token_time or now
+                del self._silent[handle]
+        for handle, choice in self._streaming.items():
+            assert choice.stream is not None
+            choice.deltas += choice.stream.deltas(self.scheduler, handle, final=False)
 
     # ---- ending
 
@@ -276,7 +282,8 @@ class Engine:
         if self.tracer is not None:
             self.tracer.retired(self, choice)
         self.scheduler.finish(handle)
-        del self.running[handle]
+        for table in (self.running, self._silent, self._streaming):
+            table.pop(handle, None)
 
     def _abandon(self) -> None:
         """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""
