@@ -267,7 +267,7 @@ void bind_scheduler(nb::module_& m) {
             },
             "lanes"_a, "tags"_a, "max_seqs"_a, "depth"_a, nb::keep_alive<1, 2>(),
             "lanes: ((PagePool, Vocabulary, max_len, eos_ids[, shelf PagePool or None]), ...); tags: [opening, "
-            "closing].")
+            "closing, others that are events].")
         .def(
             "add",
             [](Scheduler& self, const std::vector<std::vector<int32_t>>& prompts, int32_t max_tokens,

@@ -13,7 +13,8 @@ Scheduler::Scheduler(std::vector<LaneSpec> specs, std::vector<std::string> tags,
       fill_chunk_(specs_.size(), std::numeric_limits<int32_t>::max()), transfers_(specs_.size()),
       flights_(specs_.size()), limbo_(specs_.size()), launched_flights_(specs_.size(), 0) {
     if (specs_.empty() || specs_.size() > max_lanes) throw std::invalid_argument("one or two lanes expected");
-    if (tags.size() != 2) throw std::invalid_argument("tags: expected the opening and the closing tag");
+    if (tags.size() < 2 || tags.size() > 8)
+        throw std::invalid_argument("tags: expected the opening and the closing tag, and six others at most");
     if (max_seqs < 1 || depth < 1) throw std::invalid_argument("max_seqs and depth must be at least 1");
     for (const LaneSpec& lane : specs_) {
         std::vector<uint8_t> table(static_cast<size_t>(lane.vocabulary->size()));

@@ -66,7 +66,7 @@ struct WriteMode {
 
 class Scheduler {
   public:
-    // tags: {opening, closing}. depth: steps a lane may have in flight.
+    // tags: {opening, closing, others that are events}. depth: steps a lane may have in flight.
     Scheduler(std::vector<LaneSpec> specs, std::vector<std::string> tags, int32_t max_seqs, int32_t depth);
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;

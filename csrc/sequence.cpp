@@ -7,7 +7,7 @@
 namespace splitdecode {
 
 namespace {
-constexpr int32_t open_pattern = 0;
+constexpr int32_t open_pattern = 0, close_pattern = 1; // those behind them belong to the caller
 
 // Where the byte `offset` (counted from token `position`, of which `skip` bytes are already gone) lies.
 struct Place {
@@ -152,7 +152,7 @@ bool Sequence::found_tag(int32_t pattern, int32_t position, int32_t end, std::ve
     tag_state_ = ByteMatcher::start;
     held_from_ = position;
     held_skip_ = end;
-    if (pattern == open_pattern && open_is_event) {
+    if ((pattern == open_pattern && open_is_event) || pattern > close_pattern) {
         raise(events, {EventKind::TAG, handle, pattern, start.position, position, end});
         return true;
     }

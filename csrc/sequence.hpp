@@ -24,7 +24,7 @@
 namespace splitdecode {
 
 enum class EventKind : int32_t {
-    TAG,       // an opening tag completed:  b = its first token, c = its last, d = bytes of the last that belong to it
+    TAG,       // tag a completed (0 opens): b = its first token, c = its last, d = bytes of the last that belong to it
     COMPLETED, // a tried closing completed: same fields
     DIED,      // a tried closing can no longer complete
     DUE,       // a = provisional tokens waiting for their reader
@@ -223,7 +223,7 @@ class Sequence {
     bool confirm_token(int32_t position, bool is_end, std::vector<Event>& events);
     void end_content(const ContentToken& token, std::vector<Event>& events);
 
-    const ByteMatcher* tags_;   // pattern 0 opens, pattern 1 closes
+    const ByteMatcher* tags_;   // pattern 0 opens, pattern 1 closes, others are events
     const ByteMatcher* closer_; // pattern 0 closes
     int32_t confirm_bytes_ = 0, confirm_first_ = 0;
 };

@@ -1,6 +1,6 @@
 """The laws of the house, kept by reading the sources: floors, the one door to the kernels, pairs instead of twins.
 
-    F0 config errors | F1 _C kernels | F2 ops | F3 models | F4 runtime | F5 split | F6 requests decoder | F7 all the rest
+    F0 config errors | F1 _C kernels | F2 ops | F3 models | F4 runtime | F5 split | F6 requests decoder | F7 the rest
 
 A file imports its own floor or a lower one. Each `*_breaches` takes sources and tells what is wrong with them; the
 planted breaches at the end show that every law bites.

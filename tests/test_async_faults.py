@@ -138,6 +138,29 @@ def test_an_on_delta_that_raises_ends_its_own_request(kind: str) -> None:
     run(main())
 
 
+def test_an_on_delta_that_is_cancelled_is_a_fault_like_any_other() -> None:
+    """CancelledError and SystemExit are no Exceptions: neither may end the engine's thread."""
+    decoder = build_opened()
+    alone = decoder.generate(PROMPT, TWENTY)[0].outputs
+
+    async def main() -> None:
+        async with serving(decoder) as engine:
+            for kind in (asyncio.CancelledError, SystemExit):
+
+                def on_delta(delta: Delta, kind: type[BaseException] = kind) -> None:
+                    raise kind("at once")
+
+                asked = [engine.generate(PROMPT, TWENTY, on_delta=on_delta), engine.generate(PROMPT, TWENTY)]
+                faulty, good = await asyncio.gather(*map(last, asked))
+                assert (answer(faulty).finish_reason, answer(faulty).stop_reason) == (
+                    "error",
+                    f"{kind.__name__}: at once",
+                )
+                assert good.outputs == alone
+
+    run(main())
+
+
 # ---- of a step
 
 

@@ -13,6 +13,7 @@ from splitdecode.errors import (
     RequestError,
     SplitDecodeError,
 )
+from splitdecode.split.actions import ControlAction, DraftLength, StopThinking, ThinkingBudget
 from splitdecode.split.outputs import CompletionOutput, Delta, ModelSpan, RequestMetrics, RequestOutput
 from splitdecode.split.policies import (
     CloseRule,
@@ -32,8 +33,10 @@ __all__ = [
     "CheckpointError",
     "CloseRule",
     "CompletionOutput",
+    "ControlAction",
     "ControlTags",
     "Delta",
+    "DraftLength",
     "EngineConfig",
     "EngineError",
     "ForcedSpans",
@@ -49,4 +52,6 @@ __all__ = [
     "SmallOnly",
     "SplitDecodeError",
     "SplitDecoder",
+    "StopThinking",
+    "ThinkingBudget",
 ]

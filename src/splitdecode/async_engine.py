@@ -201,7 +201,7 @@ class EngineThread:
         """Passes on what a tick gave a request."""
         try:
             ended = ticket.pull()
-        except Exception as error:  # the caller's on_delta
+        except BaseException as error:  # the caller's on_delta; a CancelledError of its own, say, is no reason to die
             self._fault(ticket, f"{type(error).__name__}: {error}")
             ended = ticket.pull()
         if ended:

@@ -192,11 +192,12 @@ class EngineConfig:
     max_span                 tokens of one span before it is closed by force
     handoff_patience         sequences that wait for a slower model are gathered into one step of it until they have
                              waited, summed up, this many times what the step makes the others wait; 0 = not at all
-                             (least latency at a seam); most tokens per second come at 0.25 to 1 (benchmarks/simulate.py)
+                             (least latency at a seam); 0.25 to 1 give most tokens per second (benchmarks/simulate.py)
     handoff_max_wait_ms      but no sequence waits longer than this
     catch_up                 when a model runs what the other wrote: "lazy" = when it gets the pen; "eager" = also
                              before, in steps that have room or when catch_up_chunk tokens have gathered; "adaptive" =
-                             also as soon as an opening tag becomes likely. With unequal tokenizers all are lazy
+                             in steps that have room, or as soon as an opening tag is likely (a probability of 5 %).
+                             With unequal tokenizers all are lazy
     catch_up_chunk           tokens worth a step of their own
     weight_bound_tokens      tokens a step takes for the price of one; None = 160 on a GPU, 0 on a CPU
     idle_cache               what becomes of an idle model's pages when memory runs out: "recompute", "swap" (host

@@ -26,6 +26,7 @@ from splitdecode.requests import Requests, closing, gathered
 from splitdecode.runtime.device import DeviceRunner
 from splitdecode.runtime.kvcache import make_memory
 from splitdecode.runtime.runners import make_runner
+from splitdecode.split.actions import ControlAction, check_actions
 from splitdecode.split.engine import Choice, Engine
 from splitdecode.split.outputs import Delta, RequestOutput
 from splitdecode.split.policies import HandoffPolicy
@@ -33,6 +34,7 @@ from splitdecode.split.prompts import Prompt, as_prompts, with_hint
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG, PairTokens
 
+Dtype = str | torch.dtype
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,8 +55,10 @@ class SplitDecoder:
         sampling_defaults: Mapping[str, Any] | None = None,
         config: EngineConfig | None = None,
         tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
+        actions: Mapping[str, ControlAction] | None = None,
     ) -> None:
-        """models: loaded and ready; eos_ids: ids that end an answer, per model; templates: for chat().
+        """models: loaded and ready; eos_ids: ids that end an answer, per model; templates: for chat(); actions: what
+        further tags of the small model mean (split/actions.py).
 
         Raises CapacityError when kv_cache_memory holds no page of both caches, CheckpointError when a tokenizer is
         larger than its model's vocabulary.
@@ -62,7 +66,8 @@ class SplitDecoder:
         self.config = config = (config or EngineConfig()).on(models[Role.SMALL].device.type)
         self.models, self.tokenizers, self.templates = models, tokenizers, templates
         self._defaults = dict(sampling_defaults or {})
-        self.tokens = PairTokens(tokenizers, tags)
+        check_actions(actions or {}, tags)
+        self.tokens = PairTokens(tokenizers, tags, actions or ())
         self.vocab_limits = Pair.of(lambda r: min(models[r].config.vocab_size, tokenizers[r].size))
         if self.tokens.same:  # an id only one of them knows cannot be handed over
             self.vocab_limits = Pair(*[min(self.vocab_limits)] * 2)
@@ -81,7 +86,9 @@ class SplitDecoder:
                 eos_ids=eos_ids[r],
             )
         )
-        self.engine = Engine(runners, self.tokens, config, eos_ids.map(list), self.max_len, memory.arena)
+        self.engine = Engine(
+            runners, self.tokens, config, eos_ids.map(list), self.max_len, memory.arena, actions=actions
+        )
         self._warm_up()
         self._requests: dict[str, list[Choice]] = {}
         self.requests = Requests(self.tokens, self.vocab_limits, self.max_len, config.seed)
@@ -97,21 +104,20 @@ class SplitDecoder:
         large: str | Path,
         *,
         device: str = "cpu",
-        dtype: str | torch.dtype = "auto",
+        dtype: Dtype | tuple[Dtype, Dtype] = "auto",
         revisions: Sequence[str | None] = (None, None),
         tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG),
+        actions: Mapping[str, ControlAction] | None = None,
         **engine: Any,
     ) -> SplitDecoder:
         """Loads both checkpoints: local directories in Hugging Face layout, or hub ids (pinned by `revisions`).
 
-        dtype: "auto" (the file's), a torch dtype or its name; device: where both models run; revisions: hub revisions
-        of the small and the large model. Further arguments are
+        dtype: "auto" (the file's), a torch dtype or its name, or one for each; device: where both models run;
+        revisions: hub revisions of the small and the large model; tags, actions: as above. Further arguments are
         EngineConfig's: page_size, kv_cache_memory, max_num_batched_tokens, max_num_seqs, max_model_len, ...
         Raises CheckpointError naming file and field, CapacityError with sizes, RequestError for a wrong argument.
         """
-        if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
-            raise RequestError(f"dtype: found {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
-        wanted: Any = DTYPES.get(dtype, "auto") if isinstance(dtype, str) else dtype
+        wanted = Pair(*(_dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype, dtype))))
         config = engine_config(engine)
         _check_device(device)
         paths, pins = Pair(small, large), Pair(*revisions)
@@ -119,7 +125,7 @@ class SplitDecoder:
         tokenizers = points.map(lambda p: Tokenizer.from_directory(p.directory))
         for role in Role:
             tokenizers[role].check_against_vocab(points[role].config.vocab_size, points[role].directory)
-        models = points.map(lambda p: load_model(p, dtype=wanted, device=device))
+        models = Pair.of(lambda r: load_model(points[r], dtype=wanted[r], device=device))
         eos = Pair.of(lambda r: points[r].eos_ids or _own_eos(tokenizers[r]))
         return cls(
             models,
@@ -129,6 +135,7 @@ class SplitDecoder:
             sampling_defaults=points[Role.SMALL].sampling,
             config=config,
             tags=tags,
+            actions=actions,
         )
 
     @classmethod
@@ -342,6 +349,14 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig:
         if name not in known:
             raise RequestError(f"{name}: unknown argument, expected one of {', '.join(known)}")
     return replace(EngineConfig(), **options)
+
+
+def _dtype(dtype: Any) -> Any:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype: found {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def _check_device(device: str) -> None:

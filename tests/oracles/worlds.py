@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,28 @@ def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> Sampling
         some["logit_bias"] = {0: -3.0, 1: 1.0}
     if rng.random() < 0.2:
         some["ignore_eos"] = True
-    if rng.random() < 0.2:
-        some["max_offloads"] = int(rng.integers(0, 4))
-    if rng.random() < 0.3:
-        some["max_large_tokens"] = int(rng.choice([0, 1, 2, 3, 5, 8]))
     if not greedy:
         some["temperature"] = float(rng.choice([0.5, 1.0, 1.5]))
         some["top_p"] = float(rng.choice([1.0, 0.9]))
         some["top_k"] = int(rng.choice([0, 5]))
         some["min_p"] = float(rng.choice([0.0, 0.05]))
-    return SamplingParams(
+    params = SamplingParams(
         temperature=some.pop("temperature", 0.0),
         max_tokens=int(rng.integers(8, 40)),
         seed=int(rng.integers(1 << 30)),
         **some,
     )
+    return replace(params, **random_budget(np.random.default_rng(params.seed)))
+
+
+def random_budget(rng: np.random.Generator) -> dict[str, int]:
+    """Caps, for some requests: a generator of their own leaves all else of a schedule as it is."""
+    found = {}
+    if rng.random() < 0.2:
+        found["max_offloads"] = int(rng.integers(0, 4))
+    if rng.random() < 0.3:
+        found["max_large_tokens"] = int(rng.choice([0, 1, 2, 3, 5, 8]))
+    return found
 
 
 def random_engine(rng: np.random.Generator) -> dict[str, Any]:

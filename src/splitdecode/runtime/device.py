@@ -30,7 +30,7 @@ from splitdecode.runtime.batch import Batch, Ints
 from splitdecode.runtime.graphs import Graph, GraphPool
 from splitdecode.runtime.kvcache import KVCache
 from splitdecode.runtime.program import Adjust, Program
-from splitdecode.runtime.runner import Flight
+from splitdecode.runtime.runner import Flight, foretold
 from splitdecode.runtime.sampler import Array, Counts
 from splitdecode.runtime.slots import DeviceSlots
 
@@ -54,6 +54,7 @@ class DeviceFlight:
     draws: Ints | None
     launched: float
     done: Any
+    likely: Tensor | None = None  # bool [draws], on the device
 
     def land(self) -> Flight:
         """Waits until the ids are in host memory."""
@@ -115,6 +116,7 @@ class DeviceRunner:
         self.captures = pinned and not config.enforce_eager  # before the first request
         self._pool = GraphPool(self.device)
         self._landed = 0.0
+        self.watched: Tensor | None = None  # ids whose coming is foretold
         self._views: dict[tuple[int, StepShape], dict[str, Array]] = {}
 
     def forget(self) -> None:
@@ -126,7 +128,7 @@ class DeviceRunner:
     @property
     def steps(self) -> int:
         """Decode steps a flight may take now: one where a step's logits are needed on their own."""
-        return 1 if self.sampler.any_top else self.config.steps_per_graph
+        return 1 if self.sampler.any_top or self.watched is not None else self.config.steps_per_graph
 
     def shapes(self) -> list[StepShape]:
         """Every shape that is captured: decodes by rows, small mixed steps by tokens, plain and full."""
@@ -201,14 +203,19 @@ class DeviceRunner:
             self.program.prepare(self.ops, shape)
             self.program.run(self.ops, shape)
         top = self._alternatives(batch.draws, shape)
+        likely = None
+        if self.watched is not None and len(batch.draws):
+            likely = foretold(
+                self.program.logits_of(shape)[: len(batch.draws), : self.sampler.vocab_limit], self.watched
+            )
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        kept = batch.draws.copy() if top else None
+        kept = batch.draws.copy() if top or likely is not None else None
         count = int(batch.row_steps.sum()) if shape.steps > 1 else len(batch.draws)
         steps = batch.row_steps.copy()
-        return DeviceFlight(self, place, shape, steps, count, batch.num_tokens, top, kept, start, done)
+        return DeviceFlight(self, place, shape, steps, count, batch.num_tokens, top, kept, start, done, likely)
 
     def _fill(self, batch: Batch | None, shape: StepShape, words: Tensor) -> None:
         """Writes the inputs of a step, padded to its shape."""
@@ -310,7 +317,10 @@ class DeviceRunner:
         now = perf_counter()
         ms = 1e3 * (now - max(self._landed, flight.launched))
         self._landed = now
-        return Flight(ids, chances, top, flight.draws, flight.tokens, ms)
+        coming: list[int] = []
+        if flight.likely is not None and flight.draws is not None:
+            coming = flight.draws[:, 1][flight.likely.cpu().numpy()].tolist()
+        return Flight(ids, chances, top, flight.draws, flight.tokens, ms, coming)
 
     def _wait(self, flight: DeviceFlight, box: npt.NDArray[np.int32]) -> None:
         if flight.done is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from time import perf_counter
 
 import numpy as np
+from torch import Tensor
 
 from splitdecode.models import Transformer
 from splitdecode.ops import FEEDS_DEVICE
@@ -14,6 +16,7 @@ from splitdecode.runtime.batch import Batch, Ints
 from splitdecode.runtime.kvcache import KVCache
 from splitdecode.runtime.sampler import Array, Counts, Sampled, Sampler
 
+LIKELY = 0.05  # probability from which a watched id counts as coming
 _EMPTY = Sampled(np.zeros(0, dtype=np.int32))
 
 
@@ -21,7 +24,8 @@ _EMPTY = Sampled(np.zeros(0, dtype=np.int32))
 class Flight:
     """A launched step not yet read back: ids int32 [N] and raw log-probs float32 [N] of its logits rows.
 
-    draws: the rows' [N, 6] table, kept only when some row wants its likeliest alternatives (`top`).
+    draws: the rows' [N, 6] table, kept only when some row wants its likeliest alternatives (`top`).  likely: sequences
+    whose next token is likely one of the runner's watched ids.
     """
 
     ids: Ints
@@ -30,6 +34,7 @@ class Flight:
     draws: Ints | None
     tokens: int
     ms: float
+    likely: Sequence[int] = ()
 
     def land(self) -> Flight:
         """Here the ids are known when the step is launched."""
@@ -40,6 +45,12 @@ class Flight:
         return self.ids, self.logprobs
 
 
+def foretold(logits: Tensor, watched: Tensor) -> Tensor:
+    """Rows of logits [N, V] that give the ids `watched` [W] a probability of LIKELY or more together: bool [N]."""
+    mass = logits.index_select(1, watched).logsumexp(1) - logits.logsumexp(1)
+    return mass >= log(LIKELY)
+
+
 class ModelRunner:
     """One model, its cache and sampler: `launch(batch) -> Flight`."""
 
@@ -47,6 +58,7 @@ class ModelRunner:
         self.model, self.cache, self.sampler = model, cache, sampler
         self._last = np.zeros(max_seqs, dtype=np.int32)  # the id last sampled for each sequence: next step's input
         self.steps = 1  # decode steps a flight may take
+        self.watched: Tensor | None = None  # ids whose coming is foretold
         self._nothing = np.full(64, np.nan, dtype=np.float32)
 
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> Flight:
@@ -73,7 +85,9 @@ class ModelRunner:
         if logprobs is None:
             logprobs = self._unknown(len(draws))
         kept = None if sampled.top is None else draws.copy()
-        return Flight(sampled.ids, logprobs, sampled.top, kept, batch.num_tokens, (perf_counter() - start) * 1e3)
+        likely = () if self.watched is None else draws[:, 1][foretold(logits, self.watched).numpy()].tolist()
+        ms = (perf_counter() - start) * 1e3
+        return Flight(sampled.ids, logprobs, sampled.top, kept, batch.num_tokens, ms, likely)
 
     def _unknown(self, count: int) -> Array:
         if count > len(self._nothing):

@@ -9,7 +9,7 @@ launched. On a CPU the depth is one; at depth d the host hears of a token d - 1 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -17,12 +17,13 @@ from time import monotonic
 import torch
 
 from splitdecode._C import Arena, Event, Scheduler
-from splitdecode.config import EngineConfig, SamplingParams
+from splitdecode.config import MAX_POSITIONS, EngineConfig, SamplingParams
 from splitdecode.runtime.batch import Batch, StepBuffers
 from splitdecode.runtime.device import DeviceFlight
 from splitdecode.runtime.runner import Flight
 from splitdecode.runtime.runners import Runner
 from splitdecode.runtime.sampler import Counts
+from splitdecode.split.actions import ControlAction
 from splitdecode.split.budget import Budgets
 from splitdecode.split.outputs import CompletionOutput, Delta, RequestMetrics
 from splitdecode.split.policies import HandoffPolicy
@@ -64,21 +65,31 @@ class Engine:
         max_len: Pair[int],
         arena: Arena | None = None,
         clock: Callable[[], float] = monotonic,
+        actions: Mapping[str, ControlAction] | None = None,
     ) -> None:
-        """clock: seconds that never run backwards; arrival, first-token and finish times are read from it."""
+        """arena: the memory the caches share, if they do; actions: by tag (split/actions.py).
+
+        clock: seconds that never run backwards; arrival, first-token and finish times are read from it.
+        """
         self.runners, self.tokens, self.config, self.max_len, self.clock = runners, tokens, config, max_len, clock
         self.depth = config.depth or 1
         specs = tuple(
             (runners[r].cache.pool, tokens.vocabularies[r], max_len[r], eos_ids[r], runners[r].cache.shelf_pool)
             for r in Role
         )
-        self.scheduler = Scheduler(specs, list(tokens.tags), config.max_num_seqs, self.depth)
+        self.actions = list((actions or {}).values())
+        self.tags = (*tokens.tags, *(actions or {}))
+        self.scheduler = Scheduler(specs, list(self.tags), config.max_num_seqs, self.depth)
         self.scheduler.pace(config.handoff_patience, config.handoff_max_wait_ms)
         if arena is not None:
             self.scheduler.share(arena)
         for role in Role:
-            self.scheduler.fill(role, config.weight_bound_tokens or 0, config.catch_up_chunk)
+            chunk = config.catch_up_chunk if config.catch_up == "eager" else MAX_POSITIONS
+            self.scheduler.fill(role, config.weight_bound_tokens or 0, chunk)
         self.ahead = config.catch_up != "lazy" and tokens.same
+        if self.ahead and config.catch_up == "adaptive":
+            writer = runners[Role.SMALL]
+            writer.watched = torch.tensor(tokens.entering(Role.SMALL, tokens.tags[0]), device=writer.cache.kv.device)
         self.buffers = Pair.of(self._buffers)
         self.flights: Pair[deque[Flight | DeviceFlight]] = Pair(deque(), deque())
         self.waiting: deque[Choice] = deque()
@@ -164,7 +175,9 @@ class Engine:
             self.runners[role].sampler.set(handle, self.budgets.sampling(params, role), choice.key)
         self._penalised += params.penalised
         budget = self.budgets.of(params, choice.key, choice.metrics.arrival_time)
-        choice.sequence = SplitSequence(self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget)
+        choice.sequence = SplitSequence(
+            self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget, self.actions
+        )
         self.running[handle] = self._silent[handle] = choice
         if choice.stream is not None:
             self._streaming[handle] = choice
@@ -209,6 +222,9 @@ class Engine:
             for best, (_, seq, position, stream, _, _) in zip(flight.top, flight.draws.tolist(), strict=True):
                 if best is not None and seq in self.running:
                     self.running[seq].top[role, position + (stream >> 8)] = best
+        for seq in flight.likely:
+            if seq in self.running:
+                self.scheduler.hurry(seq)
         self._apply(self.scheduler.commit(role, flight.ids, flight.logprobs, flight.ms, 1e3 * self.clock()))
         self._look_out()
 
@@ -263,9 +279,7 @@ class Engine:
         assert sequence is not None
         handle, metrics = sequence.handle, choice.metrics
         finish = (sequence.finish_reason, sequence.stop_reason)
-        choice.output = completion(
-            self.scheduler, handle, choice.index, choice.params, self.tokens.tags, choice.top, finish
-        )
+        choice.output = completion(self.scheduler, handle, choice.index, choice.params, self.tags, choice.top, finish)
         if choice.stream is not None:
             choice.deltas += choice.stream.deltas(self.scheduler, handle, final=True)
         for role in Role:

@@ -2,6 +2,7 @@
 
 pen    event                                         -> pen    action
 SMALL  TAG        an opening tag completed              LARGE  SWITCH   nothing is copied: the lane owes pending ids
+SMALL  TAG        of the registry (actions.py)          SMALL  ACT      whatever it is registered for
 SMALL  TAG        refused by policy or budget, no room  SMALL  REJECT   rewound, drawn again without the tag
 SMALL  MARK       a position the policy gives away      LARGE  TURN
 SMALL  MARK       the same, refused by a budget         SMALL  STAY
@@ -32,6 +33,7 @@ class Action(Enum):
     """What sequence.py does about an event."""
 
     SWITCH = auto()
+    ACT = auto()
     REJECT = auto()
     TURN = auto()
     ASK = auto()
@@ -68,6 +70,10 @@ class Handoff:
         `granted` whether the budget has: asked once, it keeps an account."""
         action = TABLE.get((self.pen, event.kind), Action.FINISH)
         owner = self.policy.owner(position)
+        if event.kind == EventKind.TAG and event.a > 1:
+            return Action.ACT
+        if action is Action.TURN and owner is None:
+            return Action.STAY
         if event.kind == EventKind.MARK and owner is self.pen and not self.budget.over(position):
             return Action.STAY
         if action is Action.SWITCH and (self.policy.opening is Opening.REJECT or not fits() or not granted()):

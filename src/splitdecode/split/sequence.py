@@ -10,22 +10,24 @@ passed by the small model reading along. The scheduler owns ids, bytes and pages
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from splitdecode._C import Event, EventKind, Phase, Scheduler
 from splitdecode.config import EngineConfig, SamplingParams, Stream
+from splitdecode.split.actions import ControlAction
 from splitdecode.split.block import Block
 from splitdecode.split.budget import Budget
 from splitdecode.split.handoff import Action, Handoff
+from splitdecode.split.lanes import LARGE, SMALL, Lanes
 from splitdecode.split.policies import CloseRule, HandoffPolicy, Opening
 from splitdecode.split.roles import Role
 from splitdecode.split.tokens import PairTokens
 
-SMALL, LARGE = Role.SMALL, Role.LARGE
 OPENING, CLOSING = 0, 1
 
 
-class SplitSequence:
+class SplitSequence(Lanes):
     """One request: transcript, a lane per role, hand-off state."""
 
     def __init__(
@@ -37,15 +39,18 @@ class SplitSequence:
         params: SamplingParams,
         handle: int,
         budget: Budget | None = None,
+        actions: Sequence[ControlAction] = (),
     ) -> None:
-        self.scheduler, self.tokens, self.config, self.handle = scheduler, tokens, config, handle
-        self.params = params
-        self.budget = budget or Budget()
+        super().__init__(scheduler, tokens, handle)
+        self.config, self.params = config, params
+        self.budget, self.actions = budget or Budget(), actions
         self.handoff = Handoff(policy, self.budget)
         self.policy = policy
         self.mark: int | None = None  # content position at which the small model may have to give the pen away
         self.span_start = 0  # content tokens before the span
         self.span_base = 0  # large-lane position at which it starts
+        self.read_interval = config.read_interval
+        self.due: dict[int, ControlAction] = {}  # by content position
         self.block: Block | None = None
         self.handoffs = 0
         self.rejected = 0
@@ -68,6 +73,8 @@ class SplitSequence:
                 return self._switch(event)
             case Action.REJECT:
                 return self._reject(event)
+            case Action.ACT:
+                return self._act(event)
             case Action.TURN:
                 self._drop_held()
                 return self._turn_to_large()
@@ -100,13 +107,19 @@ class SplitSequence:
 
     def _write_on(self, scan_from: int = -1) -> list[Event]:
         self.handoff.pen = SMALL
+        for at in sorted(at for at in self.due if at <= self._position()):
+            if events := self.due.pop(at).apply(self):
+                return events
+        if self.finish_reason is not None:
+            return []
         self.mark = self.policy.next_mark(self._position())
+        marks = [mark for mark in (self.mark, *self.due) if mark is not None]
         return self.scheduler.write(
             self.handle,
             SMALL,
             Phase.SCAN,
             Stream.WRITE0.word(),
-            mark=-1 if self.mark is None else self.mark,
+            mark=min(marks, default=-1),
             scan_from=scan_from,
             open_is_event=self.policy.opening is not Opening.IGNORE,
         )
@@ -132,6 +145,19 @@ class SplitSequence:
             return self._turn_to_large() if self._fits() else self.finish("length")  # the residue reached the mark
         return self._write_on()
 
+    def _act(self, event: Event) -> list[Event]:
+        self._retarget(SMALL, event.c, self._cut(event.c, event.d), in_tag=True)
+        return self.actions[event.a - 2].apply(self) or self._write_on()
+
+    def say(self, text: str) -> list[Event]:
+        """Puts text into the answer in the small model's name, for an action. Events: the answer ends with it."""
+        events = self._say(text)
+        return self.finish("length") if events is None else events
+
+    def later(self, tokens: int, action: ControlAction) -> None:
+        """Applies an action so many content tokens from here, or when the small model next holds the pen after that."""
+        self.due[self._position() + tokens] = action
+
     def _turn_to_large(self) -> list[Event]:
         """A switch by position: the policy says so, not a tag."""
         if self.policy.tags:
@@ -155,7 +181,7 @@ class SplitSequence:
     def _write_span(self) -> list[Event]:
         position = self._position()
         if not self.policy.reads_along:
-            border = self.budget.border(position, self.config.read_interval)
+            border = self.budget.border(position, self.read_interval)
             mark = self._nearest(self.policy.next_mark(position), border)
             return self.scheduler.write(self.handle, LARGE, Phase.DIRECT, Stream.WRITE1.word(), mark=mark)
         waiting = len(self.scheduler.provisional(self.handle))
@@ -170,7 +196,7 @@ class SplitSequence:
             LARGE,
             Phase.PROVISIONAL,
             Stream.WRITE1.word(),
-            interval=waiting + min(self.config.read_interval, room),
+            interval=waiting + min(self.read_interval, room),
             mark=self._nearest(self.span_start + self.config.max_span) if by_tags else -1,
         )
 
@@ -339,15 +365,6 @@ class SplitSequence:
         assert self.block is not None
         return self.block
 
-    def _position(self) -> int:
-        return self.scheduler.content_size(self.handle)
-
-    def _size(self, role: Role) -> int:
-        return self.scheduler.size(self.handle, role)
-
-    def _limit(self, role: Role) -> int:
-        return self._size(role) + self.scheduler.room(self.handle, role)
-
     def _granted(self, event: Event | None = None) -> bool:
         """Whether the budget has a span left; `event`: the opening tag that asks, if it is none of the policy's."""
         if event is None or event.kind != EventKind.TAG:
@@ -358,33 +375,3 @@ class SplitSequence:
     def _nearest(self, *marks: int | None) -> int:
         """The first content position at which the running span may have to end; -1: there is none."""
         return min((mark for mark in (*marks, self.budget.stop) if mark is not None), default=-1)
-
-    def _fits(self) -> bool:
-        """Whether the large lane can take what it owes and one token more."""
-        return self.scheduler.room(self.handle, LARGE) > len(self._owed(LARGE))
-
-    def _owed(self, role: Role) -> list[int]:
-        ids = [int(i) for i in self.scheduler.content(self.handle, self.scheduler.projected(self.handle, role))[0]]
-        return self.tokens.project(role.other, ids)
-
-    def _catch_up(self, role: Role) -> bool:
-        """The lane owes what the other model wrote meanwhile; nothing runs yet. False: it does not fit."""
-        ids = self._owed(role)
-        if len(ids) > self.scheduler.room(self.handle, role):
-            return False
-        self._retarget(role, self._size(role), ids)
-        self.scheduler.set_projected(self.handle, role, self._position())
-        return True
-
-    def _retarget(self, role: Role, keep: int, ids: list[int], *, in_tag: bool = False) -> None:
-        self.scheduler.retarget(self.handle, role, keep, ids, in_tag)
-
-    def _cut(self, position: int, end: int) -> list[int]:
-        """The first `end` bytes of the small lane's token at `position`, as ids: the token itself where that is all."""
-        whole = self._lane_bytes(SMALL, position, position + 1)
-        if end == len(whole):
-            return [int(i) for i in self.scheduler.lane_ids(self.handle, SMALL, position, position + 1)]
-        return self.tokens.encode(SMALL, whole[:end])
-
-    def _lane_bytes(self, role: Role, start: int, stop: int) -> bytes:
-        return self.tokens.bytes_of(role, [int(i) for i in self.scheduler.lane_ids(self.handle, role, start, stop)])

@@ -11,7 +11,7 @@ boundary, so that the small lane's ids never depend on how often one reads along
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from splitdecode import _C
 from splitdecode.errors import RequestError
@@ -25,19 +25,22 @@ HINT = "You always use <bigmodel>...</bigmodel> to mark parts of the reasoning p
 class PairTokens:
     """Both tokenizers of a pair, and the way from the one's ids to the other's."""
 
-    def __init__(self, tokenizers: Pair[Tokenizer], tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG)) -> None:
-        """Raises RequestError when a tag cannot be written in the small model's tokens."""
+    def __init__(
+        self, tokenizers: Pair[Tokenizer], tags: tuple[str, str] = (OPEN_TAG, CLOSE_TAG), others: Iterable[str] = ()
+    ) -> None:
+        """others: further tags the small model may write. Raises RequestError when a tag cannot be written in the small
+        model's tokens."""
         self.tokenizers = tokenizers
         self.tags = tags
         self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
         self.vocabularies = tokenizers.map(_vocabulary)
         self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
-        self._check_residues()
+        self._check_residues((*tags, *others))
 
-    def _check_residues(self) -> None:
+    def _check_residues(self, tags: Sequence[str]) -> None:
         """Whatever a tag leaves over of a small-model token must be writable, or a hand-off would fail midway."""
         tokenizer = self.tokenizers[Role.SMALL]
-        for tag in (tag.encode() for tag in self.tags):
+        for tag in (tag.encode() for tag in tags):
             heads = tuple(tag[:n] for n in range(1, len(tag) + 1))
             tails = tuple(tag[n:] for n in range(len(tag)))
             for text in tokenizer.token_bytes:

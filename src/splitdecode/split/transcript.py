@@ -21,7 +21,7 @@ def completion(
     handle: int,
     index: int,
     params: SamplingParams,
-    tags: tuple[str, str],
+    tags: tuple[str, ...],
     top: Top,
     finish: tuple[str | None, int | str | None],
 ) -> CompletionOutput:
@@ -47,7 +47,7 @@ def completion(
     )
 
 
-def _with_tags(data: bytes, places: list[tuple[int, int]], tags: tuple[str, str]) -> str:
+def _with_tags(data: bytes, places: list[tuple[int, int]], tags: tuple[str, ...]) -> str:
     """The text with its control tags back in; a tag inside a character moves before it, so that taking the tags
     out always gives the text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
