@@ -7,8 +7,8 @@
     and by Little's law, of N streams on n0 and n1 GPUs,
         b0 = N (g + s / k) t0 / (T n0)        b1 = N (s t1 + catch-up) / (T n1)
 
-A fixed point of these, found by iteration. Memory bounds b1 (and b0): what does not fit waits, so those streams are not
-counted as running. Source of the method: mean value analysis of closed queueing networks (Reiser and Lavenberg, 1980).
+A fixed point of these, found by iteration. A small GPU must hold the caches of all its streams, a large one those of the
+streams it is writing; of the idle ones it keeps as many as fit, and runs the others again when they come back. Source of the method: mean value analysis of closed queueing networks (Reiser and Lavenberg, 1980).
 """
 
 from __future__ import annotations
@@ -66,16 +66,20 @@ def settle(costs: Pair[Cost], stream: Stream, streams: int, gpus: Pair[int], mos
     """The fixed point; None where a pool cannot hold its streams."""
     small_steps = stream.gap + stream.segment / stream.read_interval
     batch = Pair(streams / gpus.small / 2, 1.0)
+    held = most.large * gpus.large / streams  # share of the streams whose large cache is kept
+    lost = stream.context * max(0.0, 1.0 - held)
     for _ in range(400):
         step = Pair(*(_step(costs[r], batch[r], stream.context) for r in Role))
-        caught = _catch_up(costs[Role.LARGE], batch.large, stream)
+        caught = _catch_up(costs[Role.LARGE], batch.large, stream, stream.gap + lost)
         cycle = small_steps * step.small + stream.segment * step.large + caught
         wanted = Pair(
             streams * small_steps * step.small / cycle / gpus.small,
             streams * (stream.segment * step.large + caught) / cycle / gpus.large,
         )
+        moved = max(abs(wanted[r] / batch[r] - 1) for r in Role)
         batch = Pair(*(0.5 * batch[r] + 0.5 * wanted[r] for r in Role))
-    # The small model's caches must all stay; the large one's are given up when idle, so only its batch must fit.
+        if moved < 1e-4:
+            break
     if streams / gpus.small > most.small or batch.large > most.large:
         return None
     tokens = stream.gap + stream.segment
@@ -87,11 +91,11 @@ def _step(cost: Cost, batch: float, context: int) -> float:
     return cost(Load(round(rows), round(rows), round(rows * context), round(rows)))
 
 
-def _catch_up(cost: Cost, batch: float, stream: Stream) -> float:
-    """Extra ms of the step that catches up, over the step its batch would have taken anyway; half a step of waiting."""
+def _catch_up(cost: Cost, batch: float, stream: Stream, tokens: float) -> float:
+    """Extra ms of the step that runs `tokens` more, over the step its batch would have taken; half a step of waiting."""
     rows = max(1, round(batch))
     plain = cost(Load(rows, rows, rows * stream.context, rows))
-    mixed = cost(Load(rows, rows + round(stream.gap), rows * stream.context, rows))
+    mixed = cost(Load(rows, rows + round(tokens), rows * stream.context, rows))
     return mixed - plain + plain / 2
 
 

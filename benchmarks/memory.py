@@ -158,6 +158,8 @@ def show(document: dict[str, Any]) -> None:
 def _row(run: dict[str, Any]) -> list[str]:
     cpu: Spread = run["cpu_ms"]
     stall, speed = run["seam_stall_ms"], run["tokens_per_second"]["cpu"]
+    if run["stuck"]:
+        return [run["policy"], f"{run['sequences']:g}", "stuck", *[""] * 8]
     return [
         run["policy"],
         f"{run['sequences']:g}",
@@ -178,7 +180,7 @@ def plot(document: dict[str, Any], file: Path) -> None:
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for policy in POLICIES:
-        runs = [run for run in document["runs"] if run["policy"] == policy]
+        runs = [run for run in document["runs"] if run["policy"] == policy and not run["stuck"]]
         if runs:
             left.plot(
                 [r["sequences"] for r in runs], [r["tokens_per_second"]["cpu"] for r in runs], marker="o", label=policy

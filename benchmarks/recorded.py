@@ -63,13 +63,13 @@ class Steps(Tracer):
         self._in_steps, self._rows, self._tokens, self._events = 0.0, 0, 0, 0
 
 
-def check(batches: Sequence[int], iters: int, seed: int) -> dict[str, Any]:
+def check(batches: Sequence[int], iters: int, seed: int, tokens: int = TOKENS) -> dict[str, Any]:
     """Every trace at every batch size: measured, simulated, error."""
     use_threads(1)
     rows = []
     for name in TRACES:
         for batch in batches:
-            rows.append(_compare(name, batch, iters, seed))
+            rows.append(_compare(name, batch, iters, seed, tokens))
     worst = max(abs(row["error"]) for row in rows)
     show_table(
         "simulated against measured, embedded pair, one thread, tokens per CPU second",
@@ -83,8 +83,8 @@ def check(batches: Sequence[int], iters: int, seed: int) -> dict[str, Any]:
     return {"check": rows, "largest_error": worst}
 
 
-def _compare(name: str, batch: int, iters: int, seed: int) -> dict[str, Any]:
-    traces = [replace(t.scaled(TOKENS), seed=n) for n, t in enumerate(workload(name, max(6, 2 * batch), seed))]
+def _compare(name: str, batch: int, iters: int, seed: int, tokens: int) -> dict[str, Any]:
+    traces = [replace(t.scaled(tokens), seed=n) for n, t in enumerate(workload(name, max(6, 2 * batch), seed))]
     config = EngineConfig(max_num_seqs=batch, kv_cache_memory="64MiB", **OPTIONS)
     rates, found = [], Steps()
     decoder = SplitDecoder.demo(max_num_seqs=batch, **OPTIONS)

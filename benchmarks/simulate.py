@@ -26,7 +26,7 @@ from fleet import Stream, best_fleet, capacity
 from harness import finish, load_pyplot, machine, show_table
 from latency import positive
 from recorded import check
-from serving import Watch, latencies
+from serving import Watch
 from traces import NAMES, Trace, workload
 
 from splitdecode.config import EngineConfig
@@ -61,7 +61,8 @@ def simulate(
     with Watch(engine) as watch:
         closed_loop(engine, [choice_of(t, n, policy) for n, t in enumerate(traces)], streams, watch.look)
     seconds = engine.clock()
-    found = {"tokens_per_second": watch.tokens / seconds, "seconds": seconds, **watch.work(), **latencies([watch])}
+    work = watch.work()
+    found = {"tokens_per_second": work["tokens"] / seconds, "seconds": seconds, **work, **watch.latencies()}
     return {**found, "idle_evictions": engine.scheduler.idle_evictions}
 
 

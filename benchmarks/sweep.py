@@ -31,11 +31,12 @@ from splitdecode.split.roles import Pair, Role
 
 @dataclass(slots=True)
 class Ran:
-    """One run: what was watched, what the scheduler counted, the ids of every answer."""
+    """One run: what was watched, what the scheduler counted, the ids of every answer; stuck: it was given up."""
 
     watch: Watch
     counts: dict[str, int]
     answers: list[list[int]]
+    stuck: bool = False
 
     @property
     def tokens_run(self) -> Pair[int]:
@@ -120,9 +121,10 @@ class Sweep:
         choices = [self._choice(decoder, trace) for trace in self.traces[load]]
         before = _counts(decoder)
         with Watch(engine) as watch:
-            closed_loop(engine, choices, load.concurrency, watch.look)
+            guard = _Guard(watch, choices)
+            closed_loop(engine, choices, load.concurrency, guard.look)
         counts = {name: count - before[name] for name, count in _counts(decoder).items()}
-        return Ran(watch, counts, [list(c.output.token_ids) for c in choices if c.output is not None])
+        return Ran(watch, counts, [list(c.output.token_ids) for c in choices if c.output is not None], guard.stuck)
 
     def _traces(self, load: Load) -> list[Trace]:
         found = (trace.scaled(self.args.max_tokens) for trace in workload(load.trace, load.requests, self.args.seed))
@@ -137,6 +139,28 @@ class Sweep:
     def _settle(self) -> None:
         if self.args.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+class _Guard:
+    """Ends a run in which no answer grows any more: a benchmark reports that instead of never ending."""
+
+    patience = 600  # ticks
+
+    def __init__(self, watch: Watch, choices: list[Choice]) -> None:
+        self.watch, self.choices = watch, choices
+        self.stuck = False
+        self._size = self._since = 0
+
+    def look(self) -> None:
+        """Behind every tick."""
+        self.watch.look()
+        size = sum(track.growth[-1][1] for track in self.watch.tracks.values() if track.growth)
+        if size != self._size:
+            self._size, self._since = size, self.watch.ticks
+        if self.stuck or self.watch.ticks - self._since > self.patience:
+            self.stuck = True
+            for choice in [*self.watch.engine.running.values(), *self.watch.engine.waiting]:
+                self.watch.engine.abort(choice)
 
 
 def _counts(decoder: SplitDecoder) -> dict[str, int]:
@@ -155,6 +179,7 @@ def figures(took: Timed, runs: list[Ran]) -> dict[str, Any]:
     tokens = sum(map(len, last.answers))
     return {
         "tokens": tokens,
+        "stuck": any(run.stuck for run in runs),
         "tokens_per_second": {"cpu": 1e3 * tokens / took.cpu.median, "wall": 1e3 * tokens / took.wall.median},
         "cpu_ms": took.cpu,
         "wall_ms": took.wall,

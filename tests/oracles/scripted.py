@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from oracles.tiny import ToyTokenizer
+from oracles.tiny import PIECES, WHOLE, ToyTokenizer
 from torch import Tensor
 
-from splitdecode import EngineConfig, SplitDecoder
-from splitdecode.split.roles import Pair
+from splitdecode import ControlAction, EngineConfig, RequestOutput, SamplingParams, SplitDecoder
+from splitdecode.split.roles import Pair, Role
 
 NEVER = -60.0
+EOS = 0
+IDS = {piece: index for index, piece in enumerate(PIECES + WHOLE)}
 
 
 class Scripted:
@@ -49,14 +51,59 @@ class Scripted:
         return self.table[batch.positions[rows].long() + 1]
 
 
-def scripted_pair(pieces: Sequence[str], **engine: Any) -> tuple[SplitDecoder, Pair[Scripted], ToyTokenizer]:
+def scripted_pair(
+    pieces: Sequence[str],
+    *,
+    special: Collection[int] = (0,),
+    actions: Mapping[str, ControlAction] | None = None,
+    **engine: Any,
+) -> tuple[SplitDecoder, Pair[Scripted], ToyTokenizer]:
     """A decoder over two scripted models with one tokenizer; EOS is id 0."""
-    tokenizer = ToyTokenizer(pieces)
+    tokenizer = ToyTokenizer(pieces, special)
     models = Pair(Scripted(tokenizer.size), Scripted(tokenizer.size))
     engine.setdefault("kv_cache_memory", "4MiB")
     config = EngineConfig(**engine)
-    decoder = SplitDecoder(models, Pair(tokenizer, tokenizer), eos_ids=Pair((0,), (0,)), config=config)  # type: ignore[arg-type]
+    decoder = SplitDecoder(
+        models,  # type: ignore[arg-type]
+        Pair(tokenizer, tokenizer),  # type: ignore[arg-type]
+        eos_ids=Pair((0,), (0,)),
+        config=config,
+        actions=actions,
+    )
     return decoder, models, tokenizer
+
+
+def ids(*pieces: str) -> list[int]:
+    return [IDS[piece] for piece in pieces]
+
+
+class Stage:
+    """Two scripted models and a prompt of three tokens; `lanes` records the ids of both lanes at every tick."""
+
+    def __init__(self, pieces: list[str] = PIECES, **engine: Any) -> None:
+        self.decoder, self.models, self.tokenizer = scripted_pair(pieces, **engine)
+        self.prompt = ids("a", "b", "c")
+
+    def small(self, at: int, *pieces: str) -> Stage:
+        self.models.small.says(3 + at, ids(*pieces))
+        return self
+
+    def large(self, at: int, *pieces: str) -> Stage:
+        self.models.large.says(3 + at, ids(*pieces))
+        return self
+
+    def run(self, handoff: Any = None, **params: Any) -> RequestOutput:
+        params = {"temperature": 0.0, "max_tokens": 40, **params}
+        made = self.decoder._request(self.prompt, None, SamplingParams(**params), handoff)
+        name = self.decoder._queue(made, None)
+        self.lanes: list[tuple[list[int], list[int]]] = []
+        while made[0].output is None:
+            self.decoder.engine.tick()
+            if made[0].output is None:
+                scheduler, handle = self.decoder.engine.scheduler, made[0].sequence.handle  # type: ignore[union-attr]
+                lanes = [scheduler.lane_ids(handle, role)[3:].tolist() for role in Role]
+                self.lanes.append((lanes[0], lanes[1]))
+        return self.decoder._collect(name, self.prompt)
 
 
 class Recorder:

@@ -2,50 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from oracles.scripted import scripted_pair
+from oracles.scripted import EOS, IDS, Stage, ids
 from oracles.tiny import PIECES, WHOLE
 
-from splitdecode import ControlTags, ForcedSpans, LargeOnly, RequestOutput, SamplingParams, SmallOnly
-from splitdecode.split.roles import Role
-
-IDS = {piece: index for index, piece in enumerate(PIECES + WHOLE)}
-EOS = 0
-
-
-def ids(*pieces: str) -> list[int]:
-    return [IDS[piece] for piece in pieces]
-
-
-class Stage:
-    """Two scripted models and a prompt of three tokens; `lanes` records the ids of both lanes at every tick."""
-
-    def __init__(self, pieces: list[str] = PIECES, **engine: Any) -> None:
-        self.decoder, self.models, self.tokenizer = scripted_pair(pieces, **engine)
-        self.prompt = ids("a", "b", "c")
-
-    def small(self, at: int, *pieces: str) -> Stage:
-        self.models.small.says(3 + at, ids(*pieces))
-        return self
-
-    def large(self, at: int, *pieces: str) -> Stage:
-        self.models.large.says(3 + at, ids(*pieces))
-        return self
-
-    def run(self, handoff: Any = None, **params: Any) -> RequestOutput:
-        params = {"temperature": 0.0, "max_tokens": 40, **params}
-        made = self.decoder._request(self.prompt, None, SamplingParams(**params), handoff)
-        name = self.decoder._queue(made, None)
-        self.lanes: list[tuple[list[int], list[int]]] = []
-        while made[0].output is None:
-            self.decoder.engine.tick()
-            if made[0].output is None:
-                scheduler, handle = self.decoder.engine.scheduler, made[0].sequence.handle  # type: ignore[union-attr]
-                lanes = [scheduler.lane_ids(handle, role)[3:].tolist() for role in Role]
-                self.lanes.append((lanes[0], lanes[1]))
-        return self.decoder._collect(name, self.prompt)
+from splitdecode import ControlTags, ForcedSpans, LargeOnly, SamplingParams, SmallOnly
 
 
 def test_opening_drops_the_rest_of_its_last_token_and_keeps_what_precedes_it() -> None:

@@ -47,7 +47,8 @@ class StopThinking(ControlAction):
             raise RequestError(f"text: found {self.text!r}, expected a text that is not empty")
 
     def apply(self, sequence: SplitSequence) -> list[Event]:
-        return [] if self.text.strip().encode() in sequence.written else sequence.say(self.text)
+        mark = self.text.strip() or self.text
+        return [] if mark.encode() in sequence.written else sequence.say(self.text)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ThinkingBudget(ControlAction):
 
 @dataclass(frozen=True)
 class DraftLength(ControlAction):
-    """The large model may be `tokens` ahead of its reader from here on: fewer steps of the small model, more large tokens
+    """The large model may be `tokens` ahead of its reader from here on: fewer steps of the small model, more tokens
     written in vain at the end of a span. The text stays the same."""
 
     tokens: int
@@ -85,11 +86,14 @@ class DraftLength(ControlAction):
 
 def check_actions(actions: Mapping[str, ControlAction], tags: tuple[str, str]) -> None:
     """Raises RequestError naming a tag that is no text, holds or is held by another one, or has no ControlAction."""
+    if not isinstance(actions, Mapping):
+        raise RequestError(f"actions: found {type(actions).__name__}, expected a mapping of tags to ControlActions")
     if len(actions) > MOST:
         raise RequestError(f"actions: found {len(actions)}, expected at most {MOST}")
-    for tag, action in actions.items():
+    for tag in actions:
         if not isinstance(tag, str) or not tag:
             raise RequestError(f"actions: found the tag {tag!r}, expected a text that is not empty")
+    for tag, action in actions.items():
         if not isinstance(action, ControlAction):
             raise RequestError(f"actions[{tag!r}]: found {type(action).__name__}, expected a ControlAction")
         for other in (*tags, *(t for t in actions if t != tag)):

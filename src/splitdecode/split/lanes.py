@@ -56,9 +56,9 @@ class Lanes:
 
     @property
     def written(self) -> bytes:
-        """The answer so far."""
-        ends = self.scheduler.content(self.handle)[4]
-        return self.scheduler.content_bytes(self.handle, 0, int(ends[-1])) if len(ends) else b""
+        """The answer so far, special tokens too: a reader may be spared them, a model that wrote one was not."""
+        ids, authors = self.scheduler.content(self.handle)[:2]
+        return b"".join(self.tokens.bytes_of(Role(a), [i]) for i, a in zip(ids.tolist(), authors.tolist(), strict=True))
 
     def _say(self, text: str) -> list[Event] | None:
         """Puts text into the answer in the small model's name, which holds the pen. None: it does not fit."""

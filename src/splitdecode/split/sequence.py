@@ -50,7 +50,7 @@ class SplitSequence(Lanes):
         self.span_start = 0  # content tokens before the span
         self.span_base = 0  # large-lane position at which it starts
         self.read_interval = config.read_interval
-        self.due: dict[int, ControlAction] = {}  # by content position
+        self.due: list[tuple[int, ControlAction]] = []  # content position, what is done there
         self.block: Block | None = None
         self.handoffs = 0
         self.rejected = 0
@@ -67,6 +67,9 @@ class SplitSequence(Lanes):
 
     def on(self, event: Event) -> list[Event]:
         """Applies one event; returns the events the action raised."""
+        if event.kind == EventKind.MARK and self.handoff.pen is SMALL and not self._at_mark():
+            self._drop_held()  # only an action is due here: the policy is asked at its own marks
+            return self._write_on()
         action = self.handoff.on(event, self._position(), self._fits, partial(self._granted, event))
         match action:
             case Action.SWITCH:
@@ -107,13 +110,17 @@ class SplitSequence(Lanes):
 
     def _write_on(self, scan_from: int = -1) -> list[Event]:
         self.handoff.pen = SMALL
-        for at in sorted(at for at in self.due if at <= self._position()):
-            if events := self.due.pop(at).apply(self):
-                return events
-        if self.finish_reason is not None:
-            return []
         self.mark = self.policy.next_mark(self._position())
-        marks = [mark for mark in (self.mark, *self.due) if mark is not None]
+        if any(at <= self._position() for at, _ in self.due):
+            if scan_from >= 0 and (events := self._scan(scan_from) or self.scheduler.flush(self.handle)):
+                return events  # what follows the closing tag stands before what an action puts there
+            now = sorted((at, n) for n, (at, _) in enumerate(self.due) if at <= self._position())
+            actions = [self.due[n][1] for _, n in now]
+            self.due = [due for due in self.due if due[0] > self._position()]
+            return self._act_on(actions)
+        return self._scan(scan_from, [mark for mark in (self.mark, *(at for at, _ in self.due)) if mark is not None])
+
+    def _scan(self, scan_from: int, marks: Sequence[int] = ()) -> list[Event]:
         return self.scheduler.write(
             self.handle,
             SMALL,
@@ -123,6 +130,15 @@ class SplitSequence(Lanes):
             scan_from=scan_from,
             open_is_event=self.policy.opening is not Opening.IGNORE,
         )
+
+    def _at_mark(self) -> bool:
+        return self.mark is not None and self._position() >= self.mark
+
+    def _go_on(self) -> list[Event]:
+        """Behind text that no mark was counted in: it may have reached a position that the policy gives away."""
+        if self._at_mark() and self.policy.owner(self._position()) is LARGE and self._granted():
+            return self._turn_to_large() if self._fits() else self.finish("length")
+        return self._write_on()
 
     def _drop_held(self) -> None:
         """Tokens behind a mark are drawn again by whoever writes there."""
@@ -139,15 +155,17 @@ class SplitSequence(Lanes):
         self._retarget(SMALL, event.b, self.tokens.encode(SMALL, residue) if residue else [])
         self.scheduler.refuse(self.handle, SMALL)
         self.rejected += 1
-        position = self._position()
-        at_mark = self.mark is not None and position >= self.mark and self.policy.owner(position) is LARGE
-        if at_mark and self._granted():
-            return self._turn_to_large() if self._fits() else self.finish("length")  # the residue reached the mark
-        return self._write_on()
+        return self._go_on()
 
     def _act(self, event: Event) -> list[Event]:
         self._retarget(SMALL, event.c, self._cut(event.c, event.d), in_tag=True)
-        return self.actions[event.a - 2].apply(self) or self._write_on()
+        return self._act_on([self.actions[event.a - 2]])
+
+    def _act_on(self, actions: Sequence[ControlAction]) -> list[Event]:
+        for action in actions:
+            if (events := action.apply(self)) or self.finish_reason is not None:
+                return events
+        return self._go_on()
 
     def say(self, text: str) -> list[Event]:
         """Puts text into the answer in the small model's name, for an action. Events: the answer ends with it."""
@@ -156,7 +174,7 @@ class SplitSequence(Lanes):
 
     def later(self, tokens: int, action: ControlAction) -> None:
         """Applies an action so many content tokens from here, or when the small model next holds the pen after that."""
-        self.due[self._position() + tokens] = action
+        self.due.append((self._position() + tokens, action))
 
     def _turn_to_large(self) -> list[Event]:
         """A switch by position: the policy says so, not a tag."""
