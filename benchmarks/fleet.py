@@ -7,8 +7,9 @@
     and by Little's law, of N streams on n0 and n1 GPUs,
         b0 = N (g + s / k) t0 / (T n0)        b1 = N (s t1 + catch-up) / (T n1)
 
-A fixed point of these, found by iteration. A small GPU must hold the caches of all its streams, a large one those of the
-streams it is writing; of the idle ones it keeps as many as fit, and runs the others again when they come back. Source of the method: mean value analysis of closed queueing networks (Reiser and Lavenberg, 1980).
+A fixed point of these, found by iteration. A small GPU must hold the caches of all its streams, a large one those of
+the streams it is writing; of the idle ones it keeps as many as fit, and runs the others again when they come back.
+Source of the method: mean value analysis of closed queueing networks (Reiser and Lavenberg, 1980).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _step(cost: Cost, batch: float, context: int) -> float:
 
 
 def _catch_up(cost: Cost, batch: float, stream: Stream, tokens: float) -> float:
-    """Extra ms of the step that runs `tokens` more, over the step its batch would have taken; half a step of waiting."""
+    """Extra ms of a step that runs `tokens` more than its batch would have; half a step of waiting."""
     rows = max(1, round(batch))
     plain = cost(Load(rows, rows, rows * stream.context, rows))
     mixed = cost(Load(rows, rows + round(tokens), rows * stream.context, rows))
