@@ -189,6 +189,9 @@ def plot(document: dict[str, Any], file: Path) -> None:
         document["runs"][0]["tokens_per_second"]["cpu"], color="black", linestyle=":", label="plenty of memory"
     )
     left.set_xscale("log")
+    left.minorticks_off()
+    counts = sorted({run["sequences"] for run in document["runs"][1:]})
+    left.set_xticks(counts, [f"{count:g}" for count in counts])
     left.set_xlabel("memory, in sequences of full length")
     left.set_ylabel("output tokens per second (CPU time)")
     pair, host, load = document["pair"], document["machine"], document["load"]

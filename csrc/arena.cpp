@@ -1,6 +1,7 @@
 // F1. Extents of one memory among page pools; the picture is in arena.hpp.
 #include "arena.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -12,6 +13,8 @@ Arena::Arena(std::vector<PagePool*> pools, const std::vector<int32_t>& shares) :
     for (const PagePool* pool : pools_)
         if (pool->extents() < 1 || pool->extents() != pools_.front()->extents() || pool->present() != 0)
             throw std::invalid_argument("Arena: pools of equally many extents expected, all absent");
+    if (std::any_of(shares.begin(), shares.end(), [](int32_t share) { return share < 0; }))
+        throw std::invalid_argument("Arena: a share below 0");
     for (size_t pool = 0; pool < pools_.size(); ++pool)
         for (int32_t k = 0; k < shares[pool]; ++k) {
             if (static_cast<int32_t>(owners_.size()) == pools_[pool]->extents())
@@ -23,6 +26,7 @@ Arena::Arena(std::vector<PagePool*> pools, const std::vector<int32_t>& shares) :
 }
 
 bool Arena::claim(size_t pool, int32_t spare) {
+    if (pool >= pools_.size()) throw std::out_of_range("Arena: no such pool");
     int32_t found = -1;
     for (size_t i = 0; i < owners_.size(); ++i) {
         const int32_t owner = owners_[i], extent = static_cast<int32_t>(i);
@@ -44,6 +48,7 @@ bool Arena::claim(size_t pool, int32_t spare) {
 }
 
 int32_t Arena::reachable(size_t pool) const {
+    if (pool >= pools_.size()) throw std::out_of_range("Arena: no such pool");
     int32_t extents = 0;
     for (size_t i = 0; i < owners_.size(); ++i) {
         const int32_t owner = owners_[i];

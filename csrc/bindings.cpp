@@ -1,5 +1,5 @@
-// F1. splitdecode._C: with bind_scheduler.cpp the only files of csrc/ that know Python. A class is bound by one
-// function below, in the order of the floors they stand on; what a method does is said in its header.
+// F1. splitdecode._C: with bind_scheduler.cpp and bind_host.cpp the only files of csrc/ that know Python. A class is
+// bound by one function below, in the order of the floors they stand on; what a method does is said in its header.
 //
 // Types are the contract: arrays are C-contiguous int32 on the CPU, and noconvert() turns a silent copy of any other
 // array (an out-array would lose its writes) into a TypeError.
@@ -182,6 +182,7 @@ static void bind_events(nb::module_& m) {
 }
 
 void bind_scheduler(nb::module_& m); // bind_scheduler.cpp
+void bind_host(nb::module_& m);      // bind_host.cpp
 
 NB_MODULE(_C, m) {
     m.doc() = "splitdecode's per-token path in C++.";
@@ -190,4 +191,5 @@ NB_MODULE(_C, m) {
     bind_vocabulary(m);
     bind_events(m);
     bind_scheduler(m);
+    bind_host(m);
 }

@@ -200,6 +200,7 @@ bool Scheduler::reserve(Sequence& sequence, int32_t lane_id, int32_t need) {
             lane.pages.push_back(page);
             continue;
         }
+        starved_[lane_index(lane_id)] = true;
         if (waits_for_flights(lane_id)) return false;
         const auto youngest = std::find_if(order_.rbegin(), order_.rend(), [&](const Sequence* other) {
             return other == &sequence || other->resident;

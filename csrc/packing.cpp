@@ -85,6 +85,7 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
         return counts;
     }
     if (!only_decodes_) steps = 1;
+    starved_[index] = false;
     Flight flight{launched_flights_[index] + 1, 0, {}};
     flight.rows.reserve(candidates_.size());
     out.cu_q[0] = out.page_indptr[0] = 0;

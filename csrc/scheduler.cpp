@@ -11,7 +11,8 @@ Scheduler::Scheduler(std::vector<LaneSpec> specs, std::vector<std::string> tags,
     : specs_(std::move(specs)), tags_(tags), closer_(std::vector<std::string>{tags.at(1)}), max_seqs_(max_seqs),
       depth_(depth), pacer_(specs_.size()), free_tokens_(specs_.size(), 0),
       fill_chunk_(specs_.size(), std::numeric_limits<int32_t>::max()), transfers_(specs_.size()),
-      flights_(specs_.size()), limbo_(specs_.size()), launched_flights_(specs_.size(), 0) {
+      starved_(specs_.size(), false), flights_(specs_.size()), limbo_(specs_.size()),
+      launched_flights_(specs_.size(), 0) {
     if (specs_.empty() || specs_.size() > max_lanes) throw std::invalid_argument("one or two lanes expected");
     if (tags.size() < 2 || tags.size() > 8)
         throw std::invalid_argument("tags: expected the opening and the closing tag, and six others at most");
@@ -105,6 +106,7 @@ int32_t Scheduler::pages_owed(const Sequence& sequence) const {
 
 void Scheduler::admit() {
     if (residents_ == unfinished() || residents_ >= max_seqs_) return;
+    if (residents_ > 0 && std::find(starved_.begin(), starved_.end(), true) != starved_.end()) return;
     std::vector<int32_t> free_pages;
     for (Sequence* waiting : order_) {
         Sequence& sequence = *waiting;

@@ -203,6 +203,7 @@ class Scheduler {
     Arena* arena_ = nullptr;
     std::vector<int32_t> free_tokens_, fill_chunk_; // by lane
     std::vector<std::vector<Transfer>> transfers_;
+    std::vector<bool> starved_; // by lane: somebody lacked pages in its last plan, so nobody is let in before him
     int64_t idle_evictions_ = 0, evicted_tokens_ = 0;
     double now_ = 0.0;
     std::vector<std::deque<Flight>> flights_;

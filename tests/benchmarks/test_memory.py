@@ -24,7 +24,16 @@ def last(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_memory_of_every_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
-    flags = ("--requests", "6", "--sequences", "8,3", "--output-json", str(file), "--plot", str(picture))
+    flags = (
+        "--requests",
+        "6",
+        "--sequences",
+        "8,3",
+        "--output-json",
+        str(file),
+        "--plot",
+        str(picture),
+    )
     assert memory.main([*QUICK, *flags]) == 0
     found = last(capsys)
     assert found == json.loads(file.read_text("utf-8"))
@@ -57,8 +66,8 @@ def test_predictions_follow_from_geometry() -> None:
 
 
 def test_catch_up_lazy_and_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--traces", "math", "--concurrency", "1,3", "--requests", "2", "--chunks", "2,1000", "--rooms", "0")
-    assert catchup.main([*QUICK, *flags, "--max-tokens", "48", "--output-json", str(tmp_path / "out.json")]) == 0
+    flags = ("--traces", "minimal", "--concurrency", "1,2", "--requests", "2", "--chunks", "2,1000", "--rooms", "0")
+    assert catchup.main([*QUICK, *flags, "--max-tokens", "32", "--output-json", str(tmp_path / "out.json")]) == 0
     found = last(capsys)
     names = ["lazy", "eager, chunk 2, room 0", "eager, chunk 1000, room 0"]
     assert [run["setting"] for run in found["runs"]] == 2 * names

@@ -135,6 +135,13 @@ def test_two_actions_due_at_one_place_both_happen_in_their_order() -> None:
     assert it.run().outputs[0].raw_text == "<o>a<i>b|s|mc"
 
 
+def test_nothing_is_put_behind_an_answer_that_an_action_ended() -> None:
+    actions = {"<o>": ThinkingBudget(2, "|s|s|s"), "<i>": ThinkingBudget(1, "|")}
+    it = stage(actions, max_model_len=14).small(0, "<", "o", ">", "a", "<", "i", ">", "b", *"TTTT")
+    answer = it.run().outputs[0]
+    assert (answer.text, answer.finish_reason) == ("ab", "length")
+
+
 @pytest.mark.parametrize("last", [">", ">\n\n", ">T"])
 @pytest.mark.parametrize("interval", [1, 4])
 def test_a_budget_that_ran_out_in_a_span_acts_when_the_pen_returns(last: str, interval: int) -> None:

@@ -138,7 +138,7 @@ def test_sums_are_the_engines_own(worlds: dict[str, World], name: str) -> None:
         ends.update(choice.output.finish_reason for choice in choices if choice.output)
         preempted += sum(event["args"]["preemptions"] for event in events if "finish_reason" in event.get("args", {}))
     assert ends["abort"] > 3
-    assert preempted > 3
+    assert preempted > 0
 
 
 def test_steps_in_flight_do_not_overlap(worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@
 | result   | [T, G * Hkv * D]   | as q                   |                                                            |
 
 Query heads are group-major (the loader permutes them) so that [T, G] merge into one axis of a view: no head of k or v
-is ever repeated, no q is copied. A row alone reads its runs of contiguous slots in place and merges them by
-log-sum-exp; short rows are padded and gathered together. Slots past a row's kv_len are never read: they may be NaN.
+is ever repeated, no q is copied. Short rows are the C++ core's (csrc/attend.hpp: in place, nothing gathered or padded);
+in half precision, or on a device, they are padded and gathered together. A long row reads its runs of contiguous slots
+in place and merges them by log-sum-exp. Slots past a row's kv_len are never read: they may be NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHORT = 16  # rows with at most this many queries are padded and gathered together
+from splitdecode._C import PagedRows
+
+_SHORT = 16  # rows with at most this many queries are taken together
+_LIGHT = 1 << 19  # and, where that is C++, rows with at most this many queries times keys times query elements
 _MAX_RUNS = 8  # a row in more runs than this is gathered instead
 _MASK_CAP = 1 << 22  # elements of one mask; longer prefills go in chunks of queries
 _GATHER_CAP = 1 << 17  # cache rows gathered by one padded group
@@ -92,11 +96,12 @@ class GroupPlan(NamedTuple):
 class AttentionPlan(NamedTuple):
     """How one step's queries meet the cache; the same for every layer.
 
-    slots: [T] int64, where this step's k and v go; `target` is (first, T) when they are one contiguous run.
+    groups: short rows, where they run by C++ all of them in one.  slots: [T] int64, where this step's k and v go;
+    `target` is (first, T) when they are one contiguous run.
     """
 
     rows: list[RowPlan]
-    groups: list[GroupPlan]
+    groups: list[GroupPlan | PagedRows]
     slots: Tensor
     target: tuple[int, int] | None
 
@@ -132,21 +137,35 @@ def plan_attention(batch: PagedBatch, q: Tensor) -> AttentionPlan:
     """Builds the plan of one step; q [T, G, Hkv, D] gives the number of groups, the dtype and the device."""
     kv_len, pages = batch.kv_len.numpy(), batch.pages.numpy()
     slots, target = _plan_slots(batch.slots, q.device)
+    q_len, native = np.diff(batch.cu_q.numpy()), q.is_cpu and q.dtype.itemsize >= 4
+    brief = q_len <= _SHORT
+    if native:
+        brief |= q_len.astype(np.int64) * kv_len <= _LIGHT // (q.shape[1] * q.shape[2] * q.shape[3])
+        if brief.all():
+            return AttentionPlan([], [_short_rows(np.arange(len(kv_len)), batch)], slots, target)
     if len(kv_len) == 1:
         row = _plan_row(0, q.shape[0], int(kv_len[0]), pages, batch.page_size, q)
         return AttentionPlan([row], [], slots, target)
     cu_q, indptr = batch.cu_q.numpy(), batch.page_indptr.numpy()
-    q_len = np.diff(cu_q)
     rows = []
-    for r in np.flatnonzero(q_len > _SHORT).tolist():
+    for r in np.flatnonzero(~brief).tolist():
         own = pages[indptr[r] : indptr[r + 1]]
         rows.append(_plan_row(int(cu_q[r]), int(cu_q[r + 1]), int(kv_len[r]), own, batch.page_size, q))
-    short = np.flatnonzero((q_len > 0) & (q_len <= _SHORT))
-    groups = []
+    short = np.flatnonzero(brief & (q_len > 0))
+    groups: list[GroupPlan | PagedRows] = []
+    if native:
+        groups += [_short_rows(short, batch)] if len(short) else []
+        return AttentionPlan(rows, groups, slots, target)
     for part in _alike(short, kv_len, q_len):
         keys = _keys(indptr[part], kv_len[part], pages, batch.page_size)
         groups.append(_plan_group(cu_q[part], q_len[part], kv_len[part], keys, q))
     return AttentionPlan(rows, groups, slots, target)
+
+
+def _short_rows(rows: Ints, batch: PagedBatch) -> PagedRows:
+    arrays = (batch.cu_q, batch.kv_len, batch.page_indptr, batch.pages)
+    cu_q, kv_len, indptr, pages = (np.ascontiguousarray(array.numpy(), dtype=np.int32) for array in arrays)
+    return PagedRows(rows.astype(np.int32), cu_q, kv_len, indptr, pages, batch.page_size)
 
 
 def _plan_slots(slots: Tensor, device: torch.device) -> tuple[Tensor, tuple[int, int] | None]:
@@ -225,12 +244,16 @@ def attention_ref(q: Tensor, cache: LayerCache, plan: AttentionPlan) -> Tensor:
         return y.transpose(1, 2).reshape(1, -1)
     if len(plan.rows) == 1 and not plan.groups:
         return _attend_row(q, cache.flat, plan.rows[0])
-    if len(plan.groups) == 1 and not plan.rows and plan.groups[0].queries is None:
-        return _attend_group(q, cache.flat, plan.groups[0])
-    out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2] * q.shape[3])
+    alone = plan.groups[0] if len(plan.groups) == 1 and not plan.rows else None
+    if isinstance(alone, GroupPlan) and alone.queries is None:
+        return _attend_group(q, cache.flat, alone)
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2] * q.shape[3])
     for row in plan.rows:
         out[row.begin : row.end] = _attend_row(q[row.begin : row.end], cache.flat, row)
     for group in plan.groups:
+        if isinstance(group, PagedRows):
+            group.attend(q.numpy(), cache.flat.numpy(), out.numpy())
+            continue
         out.index_copy_(0, group.tokens, _attend_group(q, cache.flat, group).index_select(0, group.valid))
     return out
 

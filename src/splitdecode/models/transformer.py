@@ -15,7 +15,7 @@ from splitdecode.models.config import ModelConfig
 from splitdecode.models.rope import rope_table
 from splitdecode.models.weights import LayerWeights, ModelWeights
 
-_KEPT = 16  # buffers of steps this small are kept for the next step of the same size
+_KEPT = 256  # buffers of steps this small are kept for the next step of the same size
 
 
 class Transformer:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from splitdecode import ops
+from splitdecode._C import best_rows
 from splitdecode.config import SamplingParams
 from splitdecode.errors import RequestError
 from splitdecode.runtime.noise import Draw, NoiseWindow
@@ -133,6 +134,8 @@ class Sampler:
         raw = _host(logits)[:, : self.vocab_limit]
         if len(slots) == 1 and (known := self._greedy_one(raw[0], slots[0], attempts[0], flags[0])) is not None:
             return known
+        if (known := self._greedy_all(raw, attempts, flags)) is not None:
+            return known
         rows = np.arange(len(slots))
         chosen = raw.argmax(axis=1)
         sound = np.isfinite(raw[rows, chosen])  # argmax stops at a NaN
@@ -168,6 +171,14 @@ class Sampler:
         if self._banned.item(best) or not isfinite(row.item(best)):
             return None
         return Sampled(np.array((best,), dtype=np.int32))
+
+    def _greedy_all(self, raw: Array, attempts: Array, flags: Array) -> Sampled | None:
+        """Rows of which no slot asks for more than its largest logit: they need not be sorted by what they ask for."""
+        if self._kind.any() or attempts.any() or (flags & SUPPRESS_STOP).any():
+            return None
+        best = np.empty(len(raw), dtype=np.int32)
+        best_rows(raw, best)
+        return None if best.min() < 0 or self._banned[best].any() else Sampled(best)
 
     def _mask(self, values: Array, slots: Array, attempts: Array, flags: Array) -> None:
         """Excludes what an attempt or SUPPRESS_STOP excludes, in place."""

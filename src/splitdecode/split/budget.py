@@ -55,6 +55,7 @@ MEMORY = 256  # answers, openings, spans: how far back means look, and for how m
 STEPS = (1.0, 0.05)  # of the bias, per opening, in log-odds: at first, and at last
 STEADY = 16  # openings after which it is half of what it was at first
 PULL = 0.1  # how much more of the openings is wanted per opening in the account
+EASE = 1.0  # log-odds by which each opening in the account beyond the first eases the bias at once
 SLACK = 2.0  # openings an account may be overdrawn before spans that run on are closed
 LOWEST_BIAS = -16.0  # more certain than 1 - 1e-7 is certain: float32 log-probs tell no further
 
@@ -111,7 +112,7 @@ class Account:
         share = self._share(seat, seat.spent + span, content + span)
         cost = max(share - seat.share, 1e-9)
         credit = self.balance / cost
-        chance = acceptance(logprob, self.bias)
+        chance = acceptance(logprob, self.bias + EASE * max(credit - 1.0, 0.0))
         wanted = self.target / (max(self.offers.value, 1.0) * cost) + PULL * (credit - 1.0)
         wanted = min(max(wanted, 0.0), 1.0)
         step = max(STEPS[0] / (1 + self.asked / STEADY), STEPS[1])

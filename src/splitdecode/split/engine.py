@@ -81,7 +81,7 @@ class Engine:
         self.tags = (*tokens.tags, *(actions or {}))
         self.scheduler = Scheduler(specs, list(self.tags), config.max_num_seqs, self.depth)
         self.scheduler.pace(config.handoff_patience, config.handoff_max_wait_ms)
-        if arena is not None:
+        if arena is not None and not config.second_stream:  # memory changes hands in the order of one stream
             self.scheduler.share(arena)
         for role in Role:
             chunk = config.catch_up_chunk if config.catch_up == "eager" else MAX_POSITIONS
@@ -197,11 +197,13 @@ class Engine:
             self.tracer.launched(self, role, flight)
         return flight
 
-    def _transfer(self, role: Role) -> None:
-        """Copies that the plan ordered: caches of idle lanes, to the shelf and back."""
-        cache = self.runners[role].cache
-        if cache.shelf is not None and len(moves := self.scheduler.take_transfers(role)):
-            cache.transfer(torch.from_numpy(moves).view(-1, 3))
+    def _transfer(self, planned: Role) -> None:
+        """Copies that the plan ordered: caches of idle lanes, to the shelf and back. The other model's first: its pages
+        may be those that this one was given."""
+        for role in (planned.other, planned):
+            cache = self.runners[role].cache
+            if cache.shelf is not None and len(moves := self.scheduler.take_transfers(role)):
+                cache.transfer(torch.from_numpy(moves).view(-1, 3))
 
     def _counts(self, role: Role, batch: Batch) -> list[Counts]:
         """What penalties count, for the rows that have any: ids of the lane up to the row's token, tags left out."""
