@@ -238,9 +238,11 @@ class Crowd:
         }
 
     def _beside(self, mode: str, traffic: Traffic, took: Timed, watch: Watch) -> dict[str, Any]:
-        """What the peer took for the tokens of that run."""
+        """What the peer took for the tokens of that run. same_answers: how many it wrote alike, tags left out."""
+        tags = {ids[0] for ids in self.decoder.tokens.tag_ids if len(ids) == 1}
         ours = [choice.output.token_ids for choice in watch.tracks if choice.output is not None]
-        same = sum(mine == theirs for mine, theirs in zip(ours, took.result, strict=True))
+        theirs = [[token for token in answer if token not in tags] for answer in took.result]
+        same = sum(mine[: len(text)] == text for mine, text in zip(ours, theirs, strict=True))
         known = self.sources[_ALONE[mode]].directory is not None  # random weights are other random weights
         return {
             "mode": mode,
@@ -299,17 +301,21 @@ class Crowd:
 
 def _traffics(args: argparse.Namespace) -> list[Traffic]:
     """What --concurrency or --request-rate ask for."""
-    try:
-        if args.request_rate is not None:
-            rates = [float(text) for text in args.request_rate.split(",")]
-            for rate in rates:
-                poisson(0, rate, 0)  # says what is wrong with it
-            if args.compare:
-                raise RequestError("--compare: a static batch has no arrivals, use --concurrency")
-            return [Traffic(False, rate, args.num_prompts or 64) for rate in rates]
-        sizes = [int(text) for text in args.concurrency.split(",")]
-    except ValueError:
-        raise RequestError("--concurrency, --request-rate: expected numbers, separated by commas") from None
+    if args.request_rate is not None:
+        rates = _numbers(args.request_rate, "--request-rate", float)
+        for rate in rates:
+            poisson(0, rate, 0)  # says what is wrong with it
+        if args.compare:
+            raise RequestError("--compare: a static batch has no arrivals, use --concurrency")
+        return [Traffic(False, rate, args.num_prompts or 64) for rate in rates]
+    sizes = _numbers(args.concurrency, "--concurrency", int)
     if min(sizes) < 1:
         raise RequestError(f"--concurrency: found {min(sizes)}, expected at least 1")
-    return [Traffic(True, size, args.num_prompts or max(8, 2 * size)) for size in sizes]
+    return [Traffic(True, size, args.num_prompts or max(4, 2 * size)) for size in sizes]
+
+
+def _numbers(text: str, flag: str, kind: Callable[[str], float]) -> list[float]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{flag}: found {text!r}, expected numbers, separated by commas") from None

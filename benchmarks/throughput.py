@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--concurrency", default="1,4,16,64", help="requests at a time (default %(default)s)")
     kind.add_argument("--request-rate", help="Poisson arrivals: requests per second, or inf: all at once")
-    add("--num-prompts", type=positive, help="requests per run (twice as many as run at a time, at least 8; or 64)")
+    add("--num-prompts", type=positive, help="requests per run (twice as many as run at a time, at least 4; or 64)")
     add("--max-tokens", "--output-len", type=positive, default=160, help="tokens of an answer (160)")
     add("--max-num-seqs", type=positive, default=64, help="Poisson arrivals: requests that run at once (64)")
     add("--lanes", type=natural, default=0, help="answers of full length the caches hold (0: all that may run)")

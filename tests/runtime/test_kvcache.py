@@ -35,7 +35,7 @@ class Model:
 
     config: Config
     dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: Any = field(default_factory=lambda: torch.device("cpu"))
 
     def new_cache(self, num_pages: int, page_size: int) -> torch.Tensor:
         c = self.config

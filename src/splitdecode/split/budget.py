@@ -17,7 +17,8 @@ As b falls, openings the small model is least certain of go first; a certain one
 Steering. Averaged over openings, alpha(p, b) rises with b. The b at which the average is the wanted q is found by
 b <- b + step (q - alpha(p, b)) after each opening, the step falling as 1/n: Robbins and Monro, "A stochastic
 approximation method", Annals of Mathematical Statistics 22 (1951). It stops falling where b would no longer follow what
-is asked; neighbouring openings are alike, and a large step would follow those instead.
+is asked; neighbouring openings are alike, and a large step would follow those instead. What has come together in the
+account meanwhile eases b at once.
 
 Account. Answer r has the share s_r = large tokens / tokens; wanted is the mean of s_r = target. The balance
 
@@ -55,7 +56,7 @@ MEMORY = 256  # answers, openings, spans: how far back means look, and for how m
 STEPS = (1.0, 0.05)  # of the bias, per opening, in log-odds: at first, and at last
 STEADY = 16  # openings after which it is half of what it was at first
 PULL = 0.1  # how much more of the openings is wanted per opening in the account
-EASE = 1.0  # log-odds by which each opening in the account beyond the first eases the bias at once
+EASE = 0.25  # log-odds by which each opening in the account beyond the first eases the bias at once
 SLACK = 2.0  # openings an account may be overdrawn before spans that run on are closed
 LOWEST_BIAS = -16.0  # more certain than 1 - 1e-7 is certain: float32 log-probs tell no further
 
