@@ -2,6 +2,7 @@
 
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/kernels.py --what ops        one token through each op
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/kernels.py --what sampler    one step of the host sampler
+    ... kernels.py --what rows                                        many rows through each op (row_ops.py)
     ... kernels.py --what ops --only attention --num-iters 300                      some of them, longer
     ... kernels.py --what gpu                                         every kernel of a step (device_kernels.py)
 
@@ -72,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--what", choices=["ops", "sampler", "gpu"], default="ops", help="default %(default)s")
+    add("--what", choices=["ops", "rows", "sampler", "gpu"], default="ops", help="default %(default)s")
     add("--only", default="", help="only what has this in its name, such as attention or '152 ids'")
     add("--num-iters", type=_positive, default=100, help="counted bundles (100)")
     add("--num-iters-warmup", type=_positive, default=5, help="bundles before them (5)")
@@ -91,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     if args.what == "gpu":
         return _on_device(args)
-    every = all_ops() if args.what == "ops" else all_samplers()
-    found = [_measured(contest, args) for contest in every if args.only in f"{contest.op} {contest.shape}"]
+    found = [
+        _measured(contest, args) for contest in contests(args.what) if args.only in f"{contest.op} {contest.shape}"
+    ]
     if not found:
         return _nothing(args.only)
     document = {
@@ -187,6 +189,15 @@ def caches() -> dict[str, int]:
     return out
 
 
+def contests(what: str) -> Iterator[Contest]:
+    """Those of `--what`."""
+    if what == "rows":
+        import row_ops
+
+        return row_ops.all_rows()
+    return all_ops() if what == "ops" else all_samplers()
+
+
 def all_ops() -> Iterator[Contest]:
     """Every contest at one token; buffers of one are dropped before the next is made."""
     yield from itertools.starmap(norm_contest, ((128, 256), (768, 1280)))
@@ -259,20 +270,26 @@ def write_contest(kv_heads: int, dim: int) -> Contest:
 
 
 def attention_contest(heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype) -> Contest:
-    """One query row against `length` positions of a token-major cache, in the views a decode at batch 1 is given."""
+    """One query row against `length` positions of a token-major cache: C++, in half precision SDPA on its views."""
     groups = heads // kv_heads
     q, flat = torch.randn(1, groups, kv_heads, dim).to(dtype), torch.randn(length, 2, kv_heads, dim).to(dtype)
     rows, (k, v) = q[0].transpose(0, 1), flat.permute(1, 2, 0, 3)
-    cache = ops.LayerCache(flat, None, k[None], v[None])
-    plan = ops.AttentionPlan([], [], torch.tensor([length - 1]), (length - 1, 1))
+    last, one, ends = (torch.tensor(at, dtype=torch.int32) for at in ([length - 1], [0, 1], [0, 1]))
+    batch = ops.PagedBatch(last, last, last, one, last + 1, ends, one[:1], length)
+    plan = ops.plan_attention(batch, q)
+    (cache,) = ops.bind_cache(plan, flat[None, None])
 
     def by_bmm() -> Tensor:
         score = torch.bmm(rows, k.mT).mul_(dim**-0.5).softmax(-1)
         return torch.bmm(score, v).transpose(0, 1).reshape(1, -1)
 
-    works: dict[str, Work] = {"SDPA": lambda: ops.attention(q, cache, plan), "bmm, softmax, bmm": by_bmm}
+    def by_sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k[None], v[None]).transpose(1, 2).reshape(1, -1)
+
+    works: dict[str, Work] = {"in use": lambda: ops.attention(q, cache, plan), "SDPA": by_sdpa}
+    works["bmm, softmax, bmm"] = by_bmm
     name = f"{kv_heads}x{groups} heads of {dim}, {length} keys, {str(dtype).removeprefix('torch.')}"
-    return Contest("attention", name, dtype.itemsize * (flat.numel() + 2 * q.numel()), works, alike=2)
+    return Contest("attention", name, dtype.itemsize * (flat.numel() + 2 * q.numel()), works, alike=3)
 
 
 def swiglu_contest(inner: int) -> Contest:

@@ -41,10 +41,17 @@ template <int64_t Wide> SPLITDECODE_INLINE float soften(float* scores, int64_t c
     return 1.0F / sum_of(total);
 }
 
+// Fetches the part of a token that lies `ahead` elements from `at` (0: nothing), while work is done on what is there
+// already. Passes that find everything in the cache would leave the memory idle otherwise.
+template <int64_t Dim> SPLITDECODE_INLINE void fetch(const float* at, int64_t ahead) {
+    if (ahead != 0)
+        for (int64_t d = 0; d < Dim; d += 16) __builtin_prefetch(at + ahead + d, 0, 3);
+}
+
 // One query head against the first `seen` keys of a kv head. k: the head of slot 0; step: elements from slot to slot.
 template <int64_t Wide, int64_t Dim>
 SPLITDECODE_INLINE void score(const float* q, const float* k, int64_t step, const PagedRows::Run* run, int64_t seen,
-                              float* scores) {
+                              float* scores, int64_t ahead) {
     using V = typename Lanes<Wide>::Vector;
     using L = typename Lanes<Wide>::Loose;
     constexpr int64_t lanes = Lanes<Wide>::count, parts = Dim / lanes;
@@ -61,6 +68,7 @@ SPLITDECODE_INLINE void score(const float* q, const float* k, int64_t step, cons
         int64_t left = run->length < seen ? run->length : seen;
         if constexpr (Wide == 64)
             for (; left >= 4; left -= 4, key += 4 * step, scores += 4) {
+                for (int64_t u = 0; u < 4; ++u) fetch<Dim>(key + u * step, ahead);
                 const V four[4] = {product(key), product(key + step), product(key + 2 * step), product(key + 3 * step)};
                 sums_of(four, scores);
             }
@@ -72,7 +80,7 @@ SPLITDECODE_INLINE void score(const float* q, const float* k, int64_t step, cons
 // would not keep the units busy.
 template <int64_t Wide, int64_t Dim>
 SPLITDECODE_INLINE void weigh(const float* v, int64_t step, const PagedRows::Run* run, int64_t seen,
-                              const float* weights, float* out) {
+                              const float* weights, float* out, int64_t ahead) {
     using V = typename Lanes<Wide>::Vector;
     using L = typename Lanes<Wide>::Loose;
     constexpr int64_t lanes = Lanes<Wide>::count, parts = Dim / lanes, keys = parts >= 8 ? 1 : 8 / parts;
@@ -81,9 +89,11 @@ SPLITDECODE_INLINE void weigh(const float* v, int64_t step, const PagedRows::Run
         const float* value = v + run->slot * step;
         int64_t left = run->length < seen ? run->length : seen;
         for (; left >= keys; left -= keys, value += keys * step, weights += keys)
-            for (int64_t u = 0; u < keys; ++u)
+            for (int64_t u = 0; u < keys; ++u) {
+                fetch<Dim>(value + u * step, ahead);
                 for (int64_t p = 0; p < parts; ++p)
                     sums[u][p] += *reinterpret_cast<const L*>(value + u * step + p * lanes) * weights[u];
+            }
         for (; left > 0; --left, value += step, ++weights)
             for (int64_t p = 0; p < parts; ++p)
                 sums[0][p] += *reinterpret_cast<const L*>(value + p * lanes) * weights[0];
@@ -95,21 +105,21 @@ SPLITDECODE_INLINE void weigh(const float* v, int64_t step, const PagedRows::Run
     }
 }
 
-// One query, one kv head and the query heads that share it: while its keys are in the cache.
+// One query, one kv head and the query heads that share it. From the second of them on keys and values are in the
+// cache: meanwhile the values are fetched, then the next head's keys.
 template <int64_t Wide, int64_t Dim>
-SPLITDECODE_INLINE void attend_heads(const AttendArrays<float>& a, const PagedRows::Run* runs, int64_t seen,
-                                     const float* q, float* out, float* scores, int64_t h) {
-    const int64_t step = 2 * a.heads * Dim;
+SPLITDECODE_INLINE void attend_head(const AttendArrays<float>& a, const PagedRows::Run* runs, int64_t seen,
+                                    const float* q, float* out, float* scores, int64_t h) {
+    const int64_t step = 2 * a.heads * Dim, to_values = a.heads * Dim, to_keys = h + 1 < a.heads ? Dim - to_values : 0;
     const float* k = a.cache + h * Dim;
-    for (int64_t g = 0; g < a.groups; ++g) {
-        const int64_t head = g * a.heads + h;
-        score<Wide, Dim>(q + head * Dim, k, step, runs, seen, scores + g * padded(seen));
-    }
+    for (int64_t g = 0; g < a.groups; ++g)
+        score<Wide, Dim>(q + (g * a.heads + h) * Dim, k, step, runs, seen, scores + g * padded(seen),
+                         g > 0 ? to_values : 0);
     for (int64_t g = 0; g < a.groups; ++g) {
         float *weights = scores + g * padded(seen), *sums = out + (g * a.heads + h) * Dim;
         const float share = soften<Wide>(weights, seen);
         for (int64_t d = 0; d < Dim; ++d) sums[d] = 0;
-        weigh<Wide, Dim>(k + a.heads * Dim, step, runs, seen, weights, sums);
+        weigh<Wide, Dim>(k + to_values, step, runs, seen, weights, sums, g > 0 ? to_keys : 0);
         for (int64_t d = 0; d < Dim; ++d) sums[d] *= share;
     }
 }
@@ -133,7 +143,8 @@ SPLITDECODE_INLINE void attend_blocks(const AttendArrays<float>& a, const PagedR
             }
     };
     each_block([&](int64_t head, const PagedRows::Run* part, int64_t count, int64_t at) __attribute__((always_inline)) {
-        score<Wide, Dim>(q + head * Dim, a.cache + head % a.heads * Dim, step, part, count, scores + head * room + at);
+        score<Wide, Dim>(q + head * Dim, a.cache + head % a.heads * Dim, step, part, count, scores + head * room + at,
+                         0);
     });
     for (int64_t head = 0; head < heads; ++head) {
         const float share = soften<Wide>(scores + head * room, seen);
@@ -142,7 +153,7 @@ SPLITDECODE_INLINE void attend_blocks(const AttendArrays<float>& a, const PagedR
     }
     each_block([&](int64_t head, const PagedRows::Run* part, int64_t count, int64_t at) __attribute__((always_inline)) {
         weigh<Wide, Dim>(a.cache + (a.heads + head % a.heads) * Dim, step, part, count, scores + head * room + at,
-                         out + head * Dim);
+                         out + head * Dim, 0);
     });
 }
 
@@ -150,7 +161,7 @@ template <int64_t Wide, int64_t Dim>
 SPLITDECODE_INLINE void attend_query(const AttendArrays<float>& a, const PagedRows::Run* runs, int64_t seen,
                                      const float* q, float* out, float* scores) {
     if (a.heads * Dim >= 256) return attend_blocks<Wide, Dim>(a, runs, seen, q, out, scores);
-    for (int64_t h = 0; h < a.heads; ++h) attend_heads<Wide, Dim>(a, runs, seen, q, out, scores, h);
+    for (int64_t h = 0; h < a.heads; ++h) attend_head<Wide, Dim>(a, runs, seen, q, out, scores, h);
 }
 
 #endif

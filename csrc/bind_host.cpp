@@ -19,7 +19,6 @@ using splitdecode::RowShape;
 template <int N> using Read = nb::ndarray<nb::ro, nb::ndim<N>, nb::device::cpu>;
 template <int N> using Whole = nb::ndarray<nb::ro, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <int N> using Written = nb::ndarray<nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Slots = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 template <class Array> int64_t size(const Array& array, size_t axis) {
     return static_cast<int64_t>(array.shape(axis));
@@ -120,51 +119,6 @@ void swiglu(const Read<2>& gate, const Read<2>& up, const Written<2>& out) {
         out, gate, up);
 }
 
-void rope(const nb::ndarray<nb::ndim<3>, nb::device::cpu>& x,
-          const nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>& cis) {
-    const nb::dlpack::dtype real = x.dtype(), found = cis.dtype();
-    const auto code = static_cast<uint8_t>(nb::dlpack::dtype_code::Complex);
-    expect(found.code == code && found.bits == 2 * real.bits, "rope_rows: cis must be complex, of the type of x");
-    expect(rows_are_whole(x), "rope_rows: the heads of a token must lie side by side");
-    expect(size(cis, 0) == size(x, 0) && size(cis, 1) == 1 && 2 * size(cis, 2) == size(x, 2),
-           "rope_rows: one angle per token and pair expected");
-    by_type(
-        [&](auto zero) {
-            using T = decltype(zero);
-            splitdecode::rope_rows(data_of<T>(x), data_of<const T>(cis), size(cis, 2),
-                                   RowShape{size(x, 0), size(x, 1) * size(x, 2), x.stride(0)});
-        },
-        x);
-}
-
-void best(const Read<2>& values, const Out& ids) {
-    expect(rows_are_whole(values) && size(values, 1) > 0, "best_rows: rows of values side by side expected");
-    expect(ids.size() == values.shape(0), "best_rows: one id per row expected");
-    by_type(
-        [&](auto zero) {
-            using T = decltype(zero);
-            splitdecode::best_rows(data_of<const T>(values), ids.data(),
-                                   RowShape{size(values, 0), size(values, 1), values.stride(0)});
-        },
-        values);
-}
-
-void scatter(const Read<4>& kv, const Slots& slots, const Written<4>& cache) {
-    expect(rows_are_whole(kv), "scatter_rows: k and v of a token must lie side by side");
-    expect(slots.size() == kv.shape(0), "scatter_rows: one slot per token expected");
-    for (size_t axis = 1; axis < 4; ++axis)
-        expect(kv.shape(axis) == cache.shape(axis), "scatter_rows: kv and cache differ in shape");
-    for (size_t t = 0; t < slots.size(); ++t)
-        if (slots(t) < 0 || slots(t) >= size(cache, 0)) throw std::out_of_range("scatter_rows: no such slot");
-    by_type(
-        [&](auto zero) {
-            using T = decltype(zero);
-            splitdecode::scatter_rows(data_of<const T>(kv), slots.data(), data_of<T>(cache),
-                                      RowShape{size(kv, 0), size(kv, 1) * size(kv, 2) * size(kv, 3), kv.stride(0)});
-        },
-        cache, kv);
-}
-
 } // namespace
 
 void bind_host(nb::module_& m) {
@@ -184,11 +138,4 @@ void bind_host(nb::module_& m) {
           "out [T, d] = x / sqrt(mean(x^2) + eps) * weight, row by row.");
     m.def("swiglu_rows", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(),
           "out [T, I] = silu(gate) * up; gate and up may be halves of one product.");
-    m.def("rope_rows", &rope, "x"_a.noconvert(), "cis"_a.noconvert(),
-          "x [T, heads, D] turned in place by cis, complex [T, 1, D / 2]; neighbours are a pair.");
-    m.def("best_rows", &best, "values"_a.noconvert(), "ids"_a.noconvert(),
-          "ids [N]: where each row of values [N, V] is largest, at first; -1 where a value is NaN or the largest "
-          "infinite.");
-    m.def("scatter_rows", &scatter, "kv"_a.noconvert(), "slots"_a.noconvert(), "cache"_a.noconvert(),
-          "cache [slots, 2, heads, D] takes kv [T, 2, heads, D] at slots [T]. IndexError for one that is not there.");
 }

@@ -62,8 +62,17 @@ def test_alternatives_agree(monkeypatch: pytest.MonkeyPatch) -> None:
                 work()
             found.add((contest.op, contest.alike))
     assert found == {
-        ("rmsnorm + linear", 3), ("weights", 3), ("rope", 0), ("kv write", 0), ("attention", 2), ("swiglu", 2)
+        ("rmsnorm + linear", 3), ("weights", 3), ("rope", 0), ("kv write", 0), ("attention", 3), ("swiglu", 2)
     }  # fmt: skip
+
+
+def test_alternatives_for_many_rows_agree() -> None:
+    found = set()
+    with torch.inference_mode():
+        for contest in kernels.contests("rows"):
+            kernels.check(contest)
+            found.add((contest.op, contest.alike))
+    assert found == {("attention", 2), ("norm", 3), ("swiglu", 2)}
 
 
 def test_what_does_not_agree_is_refused() -> None:

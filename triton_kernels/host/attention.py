@@ -137,7 +137,10 @@ def plan_attention(batch: PagedBatch, q: Tensor) -> AttentionPlan:
     """Builds the plan of one step; q [T, G, Hkv, D] gives the number of groups, the dtype and the device."""
     kv_len, pages = batch.kv_len.numpy(), batch.pages.numpy()
     slots, target = _plan_slots(batch.slots, q.device)
-    q_len, native = np.diff(batch.cu_q.numpy()), q.is_cpu and q.dtype.itemsize >= 4
+    native = q.is_cpu and q.dtype.itemsize >= 4
+    if native and (q.shape[0] <= _SHORT or q.shape[0] == len(kv_len)):
+        return AttentionPlan([], [_short_rows(np.arange(len(kv_len)), batch)], slots, target)
+    q_len = np.diff(batch.cu_q.numpy())
     brief = q_len <= _SHORT
     if native:
         brief |= q_len.astype(np.int64) * kv_len <= _LIGHT // (q.shape[1] * q.shape[2] * q.shape[3])

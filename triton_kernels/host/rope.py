@@ -25,7 +25,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitdecode._C import rope_rows, scatter_rows
 from splitdecode.kernels.host.attention import LayerCache
 from splitdecode.kernels.host.rmsnorm import rmsnorm_ref
 
@@ -33,11 +32,7 @@ from splitdecode.kernels.host.rmsnorm import rmsnorm_ref
 def rope_ref(qk: Tensor, cis: Tensor) -> None:
     """Rotates qk [T, heads, D], or its complex view [T, heads, D / 2], in place by cis [T, 1, D / 2]."""
     if qk.dtype == cis.dtype:  # the view taken once per step
-        if qk.shape[0] > 1 and qk.is_cpu:
-            turned = qk.numpy()
-            rope_rows(turned.view(turned.real.dtype), cis.numpy())
-        else:
-            qk.mul_(cis)
+        qk.mul_(cis)
         return
     if qk.dtype in (torch.float32, torch.float64):
         torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(cis)
@@ -57,7 +52,5 @@ def write_ref(kv: Tensor, cache: LayerCache, slots: Tensor) -> None:
     """Writes kv [T, 2, Hkv, D] into rows `slots` of the layer; contiguous slots are one plain copy."""
     if cache.target is not None:
         cache.target.copy_(kv)
-    elif kv.is_cpu and kv.dtype.itemsize >= 4:
-        scatter_rows(kv.numpy(), slots.numpy(), cache.flat.numpy())
     else:
         cache.flat.index_copy_(0, slots, kv)

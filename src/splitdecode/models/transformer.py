@@ -42,7 +42,7 @@ class Transformer:
     def forward(self, batch: ops.PagedBatch, kv: Tensor, rows: Tensor | None = None) -> Tensor:
         """Runs all tokens of `batch`, writes their k and v into `kv`, returns logits of the tokens `rows`.
 
-        kv: [L, num_pages, page_size, 2, Hkv, D], model dtype.  rows: [N] token indices (None: all T).
+        kv: [L, num_pages, page_size, 2, Hkv, D], model dtype.  rows: [N] token indices, rising (None: all T).
         Returns [N, V]: the model's dtype, float32 for bf16 and fp16 models.
         """
         w, config = self.weights, self.config
@@ -52,7 +52,7 @@ class Transformer:
         plan = ops.plan_attention(batch, buffers.q)
         for layer, cache in zip(w.layers, ops.bind_cache(plan, kv), strict=True):
             self._layer(layer, x, buffers, cis, cache, plan)
-        if rows is not None and not (count == 1 and rows.shape[0] == 1):
+        if rows is not None and rows.shape[0] != count:
             x = x.index_select(0, rows.to(self.device))
         logits = x.new_empty(x.shape[0], config.vocab_size)
         if x.shape[0]:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from splitdecode import ops
-from splitdecode._C import best_rows
 from splitdecode.config import SamplingParams
 from splitdecode.errors import RequestError
 from splitdecode.runtime.noise import Draw, NoiseWindow
@@ -176,9 +175,10 @@ class Sampler:
         """Rows of which no slot asks for more than its largest logit: they need not be sorted by what they ask for."""
         if self._kind.any() or attempts.any() or (flags & SUPPRESS_STOP).any():
             return None
-        best = np.empty(len(raw), dtype=np.int32)
-        best_rows(raw, best)
-        return None if best.min() < 0 or self._banned[best].any() else Sampled(best)
+        best = raw.argmax(axis=1)
+        if self._banned[best].any() or not np.isfinite(raw[np.arange(len(best)), best]).all():
+            return None
+        return Sampled(best.astype(np.int32))
 
     def _mask(self, values: Array, slots: Array, attempts: Array, flags: Array) -> None:
         """Excludes what an attempt or SUPPRESS_STOP excludes, in place."""

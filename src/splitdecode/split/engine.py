@@ -285,7 +285,7 @@ class Engine:
         if choice.stream is not None:
             choice.deltas += choice.stream.deltas(self.scheduler, handle, final=True)
         for role in Role:
-            metrics.models[role].add(count_models(self.scheduler, handle, role))
+            metrics.models[role].add(count_models(self.scheduler, handle, role, choice.output.spans))
             self.runners[role].sampler.clear(handle)
         metrics.handoffs += sequence.handoffs
         metrics.rejected_openings += sequence.rejected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -30,20 +30,20 @@ def completion(
     total = int(ends[-1]) if len(ends) else 0
     cut = scheduler.text_end(handle)
     data = scheduler.content_bytes(handle, 0, total if cut < 0 else cut)
-    wanted = None
+    wanted = total_logprob = None
     if params.logprobs is not None:
         wanted = [_logprobs(*token, top) for token in zip(ids, authors, origins, logprobs, strict=True)]
-    known = logprobs[~np.isnan(logprobs)]
+        total_logprob = float(logprobs[~np.isnan(logprobs)].sum())
     return CompletionOutput(
         index=index,
         text=data.decode("utf-8", "replace"),
         raw_text=_with_tags(data, scheduler.tags(handle), tags),
-        token_ids=[int(i) for i in ids],
+        token_ids=ids.tolist(),
         spans=spans(authors),
         finish_reason=finish[0],
         stop_reason=finish[1],
         logprobs=wanted,
-        cumulative_logprob=float(known.sum()) if wanted is not None else None,
+        cumulative_logprob=total_logprob,
     )
 
 
@@ -61,12 +61,10 @@ def _with_tags(data: bytes, places: list[tuple[int, int]], tags: tuple[str, ...]
 
 def spans(authors: Array) -> list[ModelSpan]:
     """Runs of equal authors [n] (role numbers), half-open."""
-    out, start = [], 0
-    for author, run in groupby(authors.tolist()):
-        stop = start + sum(1 for _ in run)
-        out.append(ModelSpan(str(Role(author)), start, stop))
-        start = stop
-    return out
+    if not len(authors):
+        return []
+    edges = [0, *(np.flatnonzero(authors[1:] != authors[:-1]) + 1).tolist(), len(authors)]
+    return [ModelSpan(str(Role(authors[start])), start, stop) for start, stop in pairwise(edges)]
 
 
 def _logprobs(token: int, author: int, origin: int, logprob: float, top: Top) -> dict[int, float] | None:
@@ -77,12 +75,11 @@ def _logprobs(token: int, author: int, origin: int, logprob: float, top: Top) ->
     return {**found, int(token): float(logprob)}
 
 
-def count_models(scheduler: Scheduler, handle: int, role: Role) -> ModelMetrics:
-    """One model's counters for a sequence."""
+def count_models(scheduler: Scheduler, handle: int, role: Role, written: list[ModelSpan]) -> ModelMetrics:
+    """One model's counters for a sequence whose answer has the spans `written`."""
     stats = scheduler.stats(handle, role)
-    authors = scheduler.content(handle)[1]
     return ModelMetrics(
-        tokens=int((authors == role).sum()),
+        tokens=sum(span.end - span.start for span in written if span.model == str(role)),
         forwards=stats["forwards"],
         ms=stats["ms"],
         prompt_tokens=stats["prompt_tokens"],
