@@ -34,6 +34,7 @@ def all_rows() -> Iterator[Contest]:
         yield attention_contest(title, heads, kv_heads, dim, rows, keys)
         yield norm_contest(title, hidden, rows)
         yield swiglu_contest(title, inner, rows)
+        yield product_contest(title, rows, hidden, 2 * inner)
 
 
 def decodes(rows: int, keys: int) -> ops.PagedBatch:
@@ -98,3 +99,16 @@ def swiglu_contest(title: str, inner: int, rows: int) -> Contest:
         "mul(silu) into out": lambda: torch.mul(F.silu(gate), up, out=out),
     }
     return Contest("swiglu", title, 12 * out.numel(), works, alike=2)
+
+
+def product_contest(title: str, rows: int, depth: int, width: int) -> Contest:
+    """What is added to the residual stream; MKL and oneDNN over one and the same matrix."""
+    x, matrix = torch.randn(rows, depth), torch.randn(depth, width) * depth**-0.5
+    used, other, third = (torch.zeros(rows, width) for _ in range(3))
+    onednn = torch.ops.mkldnn._linear_pointwise.default
+    works: dict[str, Work] = {
+        "in use": lambda: ops.add_product(x, matrix, used),
+        "MKL": lambda: other.addmm_(x, matrix),
+        "oneDNN": lambda: third.add_(onednn(x, matrix.t(), None, "none", [], "")),
+    }
+    return Contest("product", f"{title}, {depth}x{width}", 4 * (matrix.numel() + x.numel() + used.numel()), works, 3)

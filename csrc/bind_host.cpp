@@ -119,6 +119,15 @@ void swiglu(const Read<2>& gate, const Read<2>& up, const Written<2>& out) {
         out, gate, up);
 }
 
+bool mkl_is_narrow() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 } // namespace
 
 void bind_host(nb::module_& m) {
@@ -136,6 +145,8 @@ void bind_host(nb::module_& m) {
             "q [T, G, heads, D], cache [slots, 2, heads, D] -> out [T, G * heads * D], tokens of the named rows only.");
     m.def("norm_rows", &norm, "x"_a.noconvert(), "weight"_a.noconvert().none(), "eps"_a, "out"_a.noconvert(),
           "out [T, d] = x / sqrt(mean(x^2) + eps) * weight, row by row.");
+    m.def("mkl_is_narrow", &mkl_is_narrow,
+          "Whether MKL multiplies floats by narrower vectors than this processor has: it keeps AVX-512 to Intel's.");
     m.def("swiglu_rows", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(),
           "out [T, I] = silu(gate) * up; gate and up may be halves of one product.");
 }

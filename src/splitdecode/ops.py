@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitdecode.kernels.host.attention import AttentionPlan, LayerCache, PagedBatch, bind_cache, plan_attention
 from splitdecode.kernels.host.attention import attention_ref as attention
+from splitdecode.kernels.host.product import add_product_ref as add_product
 from splitdecode.kernels.host.rmsnorm import norm_linear_ref as norm_linear
 from splitdecode.kernels.host.rmsnorm import rmsnorm_ref as rmsnorm
 from splitdecode.kernels.host.rope import qk_norm_ref as qk_norm
@@ -60,6 +61,7 @@ __all__ = [
     "SUPPRESS_END",
     "SamplingState",
     "StepOps",
+    "add_product",
     "attention",
     "bind_cache",
     "gumbel",

@@ -306,11 +306,8 @@ class Oracle:
 
     def at_limit(self, waiting: int) -> bool:
         count = len(self.content) + waiting
-        limits = [n for n in (self.params.max_tokens, self.mark if self.tagged_span() else None) if n is not None]
+        limits = [n for n in (self.params.max_tokens, self.mark) if n is not None]
         return any(count >= n for n in limits) or len(self.lanes[1]) >= self.spec.max_len[1]
-
-    def tagged_span(self) -> bool:
-        return self.policy.owner(self.span) is None
 
     def read(self, tokens: list[int], tagged: bool) -> str:
         """The small model reads a stretch of large tokens, asked at each of its prefixes: '', 'mark' or 'closed'."""

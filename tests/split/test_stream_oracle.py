@@ -16,6 +16,11 @@ def test_streams_equal_the_oracle(worlds: dict[str, World], name: str) -> None:
     assert sum(run_schedule(worlds[name], seed) for seed in range(15)) > 10
 
 
+def test_a_forced_span_may_end_inside_a_character(worlds: dict[str, World]) -> None:
+    """Its budget ends between two tokens that the reader can only read together."""
+    assert run_schedule(worlds["unequal"], 1045) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "added", "unequal"])
 @pytest.mark.parametrize("part", range(4))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from splitdecode._C import norm_rows
+from splitdecode.kernels.host.product import product_ref
 
 
 def rmsnorm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -50,8 +51,7 @@ def norm_linear_ref(
     reduction instead of torch's composite rms_norm (SPEED.md has the figures).
     """
     if x.shape[0] != 1 or not x.is_cpu:
-        h = _normed(x, weight, eps)
-        return torch.mm(h, matrix, out=out) if bias is None else torch.addmm(bias, h, matrix, out=out)
+        return product_ref(_normed(x, weight, eps), matrix, bias, out)
     half = x.dtype.itemsize < 4
     length = torch.linalg.vector_norm(x, dtype=torch.float32) if half else torch.linalg.vector_norm(x)
     size = length.item()

@@ -75,11 +75,11 @@ class Transformer:
             ops.qk_norm(b.qk, self.config.num_kv_heads, w.q_norm, w.k_norm, eps)
         ops.rope(b.turned, cis)
         ops.write(b.kv, cache, plan.slots)
-        x.addmm_(ops.attention(b.q, cache, plan), w.o)
+        ops.add_product(ops.attention(b.q, cache, plan), w.o, x)
         if w.o_bias is not None:
             x.add_(w.o_bias)
         ops.norm_linear(x, w.mlp_norm, eps, w.gate_up, w.gate_up_bias, b.gate_up)
-        x.addmm_(ops.swiglu(b.gate, b.up, b.act), w.down)
+        ops.add_product(ops.swiglu(b.gate, b.up, b.act), w.down, x)
         if w.down_bias is not None:
             x.add_(w.down_bias)
 

@@ -209,13 +209,14 @@ class SplitSequence(Lanes):
         if self.scheduler.room(self.handle, LARGE) <= 0:
             return self._force()
         by_tags = self.policy.owner(position) is None
+        end = self.span_start + self.config.max_span if by_tags else self.policy.next_mark(self.span_start)
         return self.scheduler.write(
             self.handle,
             LARGE,
             Phase.PROVISIONAL,
             Stream.WRITE1.word(),
             interval=waiting + min(self.read_interval, room),
-            mark=self._nearest(self.span_start + self.config.max_span) if by_tags else -1,
+            mark=self._nearest(end),
         )
 
     def _ask(self) -> list[Event]:
@@ -307,8 +308,6 @@ class SplitSequence(Lanes):
 
     def _accept_block(self) -> list[Event]:
         block = self._block()
-        if self.policy.owner(self.span_start) is not None:  # a forced span ends where the policy says
-            self.scheduler.set_mark(self.handle, self._nearest(self.policy.next_mark(self.span_start)))
         if self.scheduler.room(self.handle, SMALL) <= 0:
             self.scheduler.drop_ending(self.handle)  # the small context is full before the EOS would be read
         if events := self._accept(block.tokens(), ends=True):
