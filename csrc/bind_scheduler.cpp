@@ -225,6 +225,8 @@ static void bind_decisions(nb::class_<Scheduler>& scheduler) {
             "The EOS behind the provisional tokens is not reached.")
         .def("refuse", &Scheduler::refuse, "seq"_a, "lane"_a)
         .def(
+            "set_mark", [](Scheduler& self, int32_t seq, int32_t mark) { self.at(seq).mark = mark; }, "seq"_a, "mark"_a)
+        .def(
             "projected",
             [](Scheduler& self, int32_t seq, int32_t lane) {
                 return self.at(seq).lanes.at(static_cast<size_t>(lane)).projected;

@@ -306,8 +306,11 @@ class Oracle:
 
     def at_limit(self, waiting: int) -> bool:
         count = len(self.content) + waiting
-        limits = [n for n in (self.params.max_tokens, self.mark) if n is not None]
+        limits = [n for n in (self.params.max_tokens, self.mark if self.tagged_span() else self.last) if n is not None]
         return any(count >= n for n in limits) or len(self.lanes[1]) >= self.spec.max_len[1]
+
+    def tagged_span(self) -> bool:
+        return self.policy.owner(self.span) is None
 
     def read(self, tokens: list[int], tagged: bool) -> str:
         """The small model reads a stretch of large tokens, asked at each of its prefixes: '', 'mark' or 'closed'."""
@@ -322,9 +325,10 @@ class Oracle:
             seen += self.words(SMALL, one)
             last = index + 1 == len(ids)
             if last:
-                marked = [self.emit(LARGE, token) for token in tokens]
-                if any(marked):
-                    return "mark"
+                for count, token in enumerate(tokens, 1):
+                    if self.emit(LARGE, token):
+                        self.cut_at_mark(tokens[:count], len(tokens), len(ids))
+                        return "mark"
                 if len(self.lanes[0]) >= self.spec.max_len[0]:
                     raise Finished("length")
             if tagged and (last or not opened) and self.closes():
@@ -337,6 +341,12 @@ class Oracle:
                     self.given = [len(self.content)] * 2
                 return "closed"
         return ""
+
+    def cut_at_mark(self, kept: list[int], written: int, read: int) -> None:
+        """A mark stands inside a stretch that was read whole: both models keep what stands before it."""
+        if len(kept) < written:
+            del self.lanes[1][len(kept) - written :]
+            self.lanes[0][-read:] = self.encode(SMALL, b"".join(self.words(LARGE, t) for t in kept))
 
     def large_alone(self) -> None:
         while True:

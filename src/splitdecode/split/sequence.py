@@ -209,7 +209,8 @@ class SplitSequence(Lanes):
         if self.scheduler.room(self.handle, LARGE) <= 0:
             return self._force()
         by_tags = self.policy.owner(position) is None
-        end = self.span_start + self.config.max_span if by_tags else self.policy.next_mark(self.span_start)
+        # A policy's own end is for the reader to find, as a closing tag is: a forced trace pays for what lies beyond.
+        end = self.span_start + self.config.max_span if by_tags else None
         return self.scheduler.write(
             self.handle,
             LARGE,
@@ -308,6 +309,8 @@ class SplitSequence(Lanes):
 
     def _accept_block(self) -> list[Event]:
         block = self._block()
+        if self.policy.owner(self.span_start) is not None:  # a forced span ends where the policy says
+            self.scheduler.set_mark(self.handle, self._nearest(self.policy.next_mark(self.span_start)))
         if self.scheduler.room(self.handle, SMALL) <= 0:
             self.scheduler.drop_ending(self.handle)  # the small context is full before the EOS would be read
         if events := self._accept(block.tokens(), ends=True):
