@@ -17,6 +17,7 @@ from kernels import EPS, Contest, Work
 from torch import Tensor
 
 from splitdecode import ops
+from splitdecode._C import multiply
 
 PAGE = 16
 # hidden, intermediate, heads, kv heads, dim, rows, mean keys
@@ -102,13 +103,19 @@ def swiglu_contest(title: str, inner: int, rows: int) -> Contest:
 
 
 def product_contest(title: str, rows: int, depth: int, width: int) -> Contest:
-    """What is added to the residual stream; MKL and oneDNN over one and the same matrix."""
+    """What is added to the residual stream; the three ways over one and the same matrix."""
     x, matrix = torch.randn(rows, depth), torch.randn(depth, width) * depth**-0.5
-    used, other, third = (torch.zeros(rows, width) for _ in range(3))
+    used, own, other, third = (torch.zeros(rows, width) for _ in range(4))
     onednn = torch.ops.mkldnn._linear_pointwise.default
+
+    def alone() -> Tensor:
+        multiply(x.numpy(), matrix.numpy(), None, own.numpy(), True)
+        return own
+
     works: dict[str, Work] = {
         "in use": lambda: ops.add_product(x, matrix, used),
+        "C++": alone,
         "MKL": lambda: other.addmm_(x, matrix),
         "oneDNN": lambda: third.add_(onednn(x, matrix.t(), None, "none", [], "")),
     }
-    return Contest("product", f"{title}, {depth}x{width}", 4 * (matrix.numel() + x.numel() + used.numel()), works, 3)
+    return Contest("product", f"{title}, {depth}x{width}", 4 * (matrix.numel() + x.numel() + used.numel()), works, 4)

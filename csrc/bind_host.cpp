@@ -2,6 +2,7 @@
 // all float32 or all float64; types and sizes are checked here and nowhere else (ValueError, IndexError).
 #include "attend.hpp"
 #include "bindings.hpp"
+#include "product.hpp"
 #include "rowwise.hpp"
 
 #include <nanobind/stl/optional.h>
@@ -119,6 +120,19 @@ void swiglu(const Read<2>& gate, const Read<2>& up, const Written<2>& out) {
         out, gate, up);
 }
 
+void multiply(const Whole<2>& x, const Whole<2>& matrix, const std::optional<Whole<1>>& bias, const Written<2>& out,
+              bool add) {
+    const splitdecode::ProductShape shape{size(x, 0), size(x, 1), size(matrix, 1)};
+    expect(size(matrix, 0) == shape.depth && size(out, 0) == shape.rows && size(out, 1) == shape.width,
+           "multiply: x, matrix and out differ in shape");
+    expect(!bias || size(*bias, 0) == shape.width, "multiply: bias has another size than a row of out");
+    expect(!bias || !add, "multiply: what is added to has its bias already");
+    for (const nb::dlpack::dtype type : {x.dtype(), matrix.dtype(), out.dtype(), bias ? bias->dtype() : x.dtype()})
+        expect(type == nb::dtype<float>(), "multiply: arrays of float32 expected");
+    splitdecode::multiply(data_of<const float>(x), data_of<const float>(matrix),
+                          bias ? data_of<const float>(*bias) : nullptr, data_of<float>(out), shape, add);
+}
+
 bool mkl_is_narrow() {
 #ifdef __x86_64__
     __builtin_cpu_init();
@@ -145,6 +159,10 @@ void bind_host(nb::module_& m) {
             "q [T, G, heads, D], cache [slots, 2, heads, D] -> out [T, G * heads * D], tokens of the named rows only.");
     m.def("norm_rows", &norm, "x"_a.noconvert(), "weight"_a.noconvert().none(), "eps"_a, "out"_a.noconvert(),
           "out [T, d] = x / sqrt(mean(x^2) + eps) * weight, row by row.");
+    m.def("multiply", &multiply, "x"_a.noconvert(), "matrix"_a.noconvert(), "bias"_a.noconvert().none(),
+          "out"_a.noconvert(), "add"_a = false,
+          "out [T, n] = x [T, d] @ matrix [d, n] + bias, or, with add, out += x @ matrix; float32, in one thread.");
+    m.def("vector_bytes", &splitdecode::vector_bytes, "Width of the vectors that loops over floats use here.");
     m.def("mkl_is_narrow", &mkl_is_narrow,
           "Whether MKL multiplies floats by narrower vectors than this processor has: it keeps AVX-512 to Intel's.");
     m.def("swiglu_rows", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(),
