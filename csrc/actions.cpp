@@ -42,6 +42,10 @@ std::vector<Event> Scheduler::commit(int32_t lane_id, const int32_t* ids, const 
         if (sequence != nullptr && row.epoch >= sequence->born) { // else its handle has a new owner
             Lane& lane = sequence->lanes[lane_index(lane_id)];
             lane.stats.ms += share * row.count;
+            if (lane.want == Want::WRITE && row.count == row.logits) {
+                lane.stats.write_ms += share * row.count;
+                lane.stats.writes += row.count;
+            }
             if (lane.epoch == row.epoch) {
                 --lane.inflight;
                 lane.ready = now_;

@@ -57,6 +57,8 @@ static nb::dict lane_stats(const LaneStats& stats) {
     out["read_tokens"] = stats.read_tokens;
     out["cached_tokens"] = stats.cached_tokens;
     out["ms"] = stats.ms;
+    out["write_ms"] = stats.write_ms;
+    out["writes"] = stats.writes;
     return out;
 }
 
@@ -106,6 +108,14 @@ static void bind_views(nb::class_<Scheduler>& scheduler) {
                                        [&](size_t i) { return view.logprobs.at(from + static_cast<int32_t>(i)); });
             },
             "seq"_a, "lane"_a, "start"_a, "stop"_a, "Log-probs beside lane_ids, NaN where the lane did not sample.")
+        .def(
+            "lane_tags",
+            [](Scheduler& self, int32_t seq, int32_t lane) {
+                const Lane& view = self.at(seq).lanes.at(static_cast<size_t>(lane));
+                return array_of<int32_t>(static_cast<size_t>(view.size()),
+                                         [&](size_t i) { return view.tag.at(static_cast<int32_t>(i)); });
+            },
+            "seq"_a, "lane"_a, "Beside lane_ids: 1 for ids of a control tag, else 0.")
         .def(
             "counted_ids",
             [](Scheduler& self, int32_t seq, int32_t lane, int32_t to) {

@@ -52,7 +52,8 @@ constexpr size_t max_lanes = 2;
 constexpr float no_logprob = std::numeric_limits<float>::quiet_NaN();
 
 struct LaneStats {
-    double ms = 0.0;
+    double ms = 0.0, write_ms = 0.0; // all of it, and what went into steps that drew one token of an answer
+    int32_t writes = 0;              // such steps
     int32_t forwards = 0, tokens = 0, sampled = 0;
     int32_t discarded = 0, prompt_tokens = 0, catchup_tokens = 0, catchup_forwards = 0, read_tokens = 0,
             cached_tokens = 0;

@@ -140,6 +140,8 @@ def generate(args: argparse.Namespace) -> int:
         outputs = decoder.generate(prompts, params, handoff=policy, use_tqdm=sys.stderr.isatty())
         for output in outputs:
             print(json.dumps(as_dict(output)) if args.json else f"{output.prompt!r}\n{output.outputs[0].text}\n")
+        for alarm in decoder.health.alarms():
+            print(f"splitdecode generate: {alarm}", file=sys.stderr)
         return 1 if any(o.finish_reason == "error" for output in outputs for o in output.outputs) else 0
 
 

@@ -205,6 +205,8 @@ class EngineConfig:
     idle_cache_memory        bytes for "swap" or "fp8", per model
     second_stream            each model's steps on a CUDA stream of its own (GPU)
     seed                     requests without their own draw theirs from it, one after another
+    watch_seams              of so many answers with hand-offs, the text of one is scored by both models
+                             (split/health.py); 0 = of none
     max_large_tokens, max_offloads, max_offload_fraction, deadline_ms   SamplingParams' budgets, for every answer; of
                              an engine's and a request's own the stricter one holds
     """
@@ -231,6 +233,7 @@ class EngineConfig:
     idle_cache_memory: int | str = "256MiB"
     second_stream: bool = False
     seed: int = 0
+    watch_seams: int = 0
     max_large_tokens: int | None = None
     max_offloads: int | None = None
     max_offload_fraction: float | None = None
@@ -264,6 +267,7 @@ class EngineConfig:
         object.__setattr__(self, "idle_cache_memory", parse_bytes(self.idle_cache_memory, "idle_cache_memory"))
         _bool("second_stream", self.second_stream)
         _int("seed", self.seed, -(2**63), 2**64 - 1)
+        _int("watch_seams", self.watch_seams, 0, 2**31)
         _check_budgets(self)
 
     @property

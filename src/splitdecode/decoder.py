@@ -26,8 +26,10 @@ from splitdecode.requests import Requests, closing, gathered
 from splitdecode.runtime.device import DeviceRunner
 from splitdecode.runtime.kvcache import make_memory
 from splitdecode.runtime.runners import make_runner
+from splitdecode.runtime.scoring import Scores, token_logprobs
 from splitdecode.split.actions import ControlAction, check_actions
 from splitdecode.split.engine import Choice, Engine
+from splitdecode.split.health import Health
 from splitdecode.split.outputs import Delta, RequestOutput
 from splitdecode.split.policies import HandoffPolicy
 from splitdecode.split.prompts import Prompt, as_prompts, with_hint
@@ -270,6 +272,16 @@ class SplitDecoder:
         self.close()
 
     # ---- requests
+
+    @property
+    def health(self) -> Health:
+        """Figures and alarms of how the two models get on (split/health.py)."""
+        return self.engine.health
+
+    def score(self, sequences: Sequence[Sequence[int]], role: Role = Role.SMALL) -> list[Scores]:
+        """log p(id | ids before it) by one of the models, at temperature 1: a float64 [n] per sequence of n ids, its
+        first NaN. What runs is not disturbed. Raises RequestError for ids the model does not know."""
+        return token_logprobs(self.models[role], sequences)
 
     @property
     def default_sampling_params(self) -> SamplingParams:

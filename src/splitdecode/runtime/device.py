@@ -107,6 +107,7 @@ class DeviceRunner:
         self._logprobs = torch.full(size, float("nan"), dtype=torch.float32, pin_memory=pinned)
         largest = StepShape(max(tokens, slots), max(tokens, slots) + slots, max_draws, 1)
         words = sum(StepInputs.sizes(largest))
+        self.transformer = model
         self.model = StepModel(model, cache.kv, self.table, last, largest.tokens, prefetch=config.l2_prefetch)
         self.program = Program(self.model, sampler, self._outbox, self._logprobs, words, adjust)
         self._places = torch.zeros(self._rings, 4 + words, dtype=torch.int32, pin_memory=pinned)

@@ -61,6 +61,11 @@ class ModelRunner:
         self.watched: Tensor | None = None  # ids whose coming is foretold
         self._nothing = np.full(64, np.nan, dtype=np.float32)
 
+    @property
+    def transformer(self) -> Transformer:
+        """The model itself, for what does not go through the cache."""
+        return self.model
+
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> Flight:
         """Runs one step. Tokens below zero stand for the id last sampled for sequence -1 - token."""
         start = perf_counter()

@@ -23,15 +23,17 @@ from splitdecode.runtime.device import DeviceFlight
 from splitdecode.runtime.runner import Flight
 from splitdecode.runtime.runners import Runner
 from splitdecode.runtime.sampler import Counts
+from splitdecode.runtime.scoring import token_logprobs
 from splitdecode.split.actions import ControlAction
 from splitdecode.split.budget import Budgets
-from splitdecode.split.outputs import CompletionOutput, Delta, RequestMetrics
-from splitdecode.split.policies import HandoffPolicy
+from splitdecode.split.health import Health, Seen, paired, seam_jump
+from splitdecode.split.outputs import CompletionOutput, Delta, ModelMetrics, RequestMetrics
+from splitdecode.split.policies import HandoffPolicy, Opening
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.sequence import SplitSequence
 from splitdecode.split.tokens import PairTokens
 from splitdecode.split.tracing import Tracer
-from splitdecode.split.transcript import TextStream, Top, completion, count_models
+from splitdecode.split.transcript import TextStream, Top, completion, count_models, lane_owners
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +101,8 @@ class Engine:
         self.tracer: Tracer | None = None
         self._penalised = 0
         self.budgets = Budgets(config, lambda: self.clock())
+        self.health = Health()
+        self._unwatched = 0  # answers with hand-offs since a seam was last measured
 
     def add(self, choice: Choice) -> None:
         """Queues an answer; it starts when a handle is free."""
@@ -284,9 +288,12 @@ class Engine:
         choice.output = completion(self.scheduler, handle, choice.index, choice.params, self.tags, choice.top, finish)
         if choice.stream is not None:
             choice.deltas += choice.stream.deltas(self.scheduler, handle, final=True)
+        written = choice.output.spans
+        counted = Pair.of(lambda role: count_models(self.scheduler, handle, role, written))
         for role in Role:
-            metrics.models[role].add(count_models(self.scheduler, handle, role, choice.output.spans))
+            metrics.models[role].add(counted[role])
             self.runners[role].sampler.clear(handle)
+        self._examine(choice, sequence, counted)
         metrics.handoffs += sequence.handoffs
         metrics.rejected_openings += sequence.rejected
         sequence.budget.settle(choice.output, metrics)
@@ -300,6 +307,27 @@ class Engine:
         self.scheduler.finish(handle)
         for table in (self.running, self._silent, self._streaming):
             table.pop(handle, None)
+
+    def _examine(self, choice: Choice, sequence: SplitSequence, counted: Pair[ModelMetrics]) -> None:
+        """What an answer whose hand-offs the tags decided tells of the pair."""
+        policy, reason = choice.policy, sequence.finish_reason
+        if reason not in ("stop", "length") or policy.opening is not Opening.ACCEPT or policy.owner(0) is not None:
+            return
+        balanced = paired([kind for _, kind in self.scheduler.tags(sequence.handle)]) if reason == "stop" else None
+        if self.config.watch_seams and sequence.handoffs:
+            self._unwatched += 1
+            if self._unwatched >= self.config.watch_seams:
+                self._unwatched = 0
+                self._measure_seams(choice, sequence)
+        self.health.settle(Seen(counted, sequence.handoffs, sequence.unreturned, balanced))
+
+    def _measure_seams(self, choice: Choice, sequence: SplitSequence) -> None:
+        for role in Role:
+            ids = self.scheduler.lane_ids(sequence.handle, role).tolist()
+            owner = lane_owners(self.scheduler, sequence.handle, role, len(choice.prompts[role]))
+            jump = seam_jump(token_logprobs(self.runners[role].transformer, [ids])[0], owner)
+            if jump is not None:
+                self.health.seams[role].append(jump)
 
     def _abandon(self) -> None:
         """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""

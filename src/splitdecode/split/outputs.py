@@ -58,6 +58,7 @@ class ModelMetrics:
     forwards          steps with tokens of the request read_tokens       run with a closing draw at each
     prompt_tokens     prompt positions run             catch_up_tokens   run to catch up, in catch_up_forwards steps
     cached_tokens     prompt and text positions found in the prefix cache
+    write_ms          of ms, the steps that drew one token of the answer each; `writes` of them
     """
 
     tokens: int = 0
@@ -69,6 +70,13 @@ class ModelMetrics:
     read_tokens: int = 0
     discarded_tokens: int = 0
     cached_tokens: int = 0
+    write_ms: float = 0.0
+    writes: int = 0
+
+    @property
+    def ideal_ms(self) -> float:
+        """What its tokens would have taken if writing them were all there was to do."""
+        return self.tokens * self.write_ms / self.writes if self.writes else 0.0
 
     def add(self, other: ModelMetrics) -> None:
         """Sums every counter."""

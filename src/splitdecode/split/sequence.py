@@ -54,6 +54,7 @@ class SplitSequence(Lanes):
         self.block: Block | None = None
         self.handoffs = 0
         self.rejected = 0
+        self.unreturned = 0  # spans that ran into max_span
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
@@ -336,6 +337,7 @@ class SplitSequence(Lanes):
     def _force(self) -> list[Event]:
         """The span ends here, asked or not."""
         written = self._position() - self.span_start
+        self.unreturned += written >= self.config.max_span
         if self.policy.reads_along:
             self.scheduler.drop_provisional(self.handle)
             self._retarget(LARGE, self.span_base + written, [])

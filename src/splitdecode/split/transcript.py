@@ -88,7 +88,23 @@ def count_models(scheduler: Scheduler, handle: int, role: Role, written: list[Mo
         read_tokens=stats["read_tokens"],
         discarded_tokens=stats["discarded"],
         cached_tokens=stats["cached_tokens"],
+        write_ms=stats["write_ms"],
+        writes=stats["writes"],
     )
+
+
+def lane_owners(scheduler: Scheduler, handle: int, role: Role, prompt: int) -> Array:
+    """int8 [n] beside the ids of a lane: 1 its model wrote the token as content, 0 the other one did, -1 neither.
+
+    Neither: the first `prompt` ids and those of control tags. A residue re-encoded at a seam counts as the other's.
+    """
+    owners = np.zeros(scheduler.size(handle, role), dtype=np.int8)
+    _, authors, origins, _, _ = scheduler.content(handle)
+    own = origins[(authors == role) & (origins >= 0)]
+    owners[own[own < len(owners)]] = 1  # an EOS is content and may stand in no lane
+    owners[:prompt] = -1
+    owners[scheduler.lane_tags(handle, role) == 1] = -1
+    return owners
 
 
 class TextStream:
