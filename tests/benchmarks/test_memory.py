@@ -1,9 +1,9 @@
-"""memory.py and catchup.py at small sizes: what they report is what happened, and predictions follow from geometry."""
+"""memory.py at small sizes, and what sweeps share: what they report is what happened, and predictions follow from
+geometry."""
 
 from __future__ import annotations
 
 import json
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import memory
 import pytest
 import sweep
 
-from splitdecode.decoder import SplitDecoder
 from splitdecode.models import geometry
 
 QUICK = ("--num-iters", "1", "--num-iters-warmup", "0", "--max-tokens", "24")
@@ -21,20 +20,6 @@ QUICK = ("--num-iters", "1", "--num-iters-warmup", "0", "--max-tokens", "24")
 
 def last(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
-
-
-@pytest.fixture
-def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured times decide who waits for a hand-off and which idle cache goes first. Here nobody is made to wait and
-    the clock counts how often it is read, so a run is the same on every machine, however busy it is."""
-    made = sweep.Sweep.decoder
-
-    def decoder(self: sweep.Sweep, *args: Any, **engine: Any) -> SplitDecoder:
-        one = made(self, *args, **engine, handoff_patience=0.0)
-        one.engine.clock = count(0.0, 1e-3).__next__
-        return one
-
-    monkeypatch.setattr(sweep.Sweep, "decoder", decoder)
 
 
 @pytest.mark.usefixtures("steady")
@@ -82,21 +67,6 @@ def test_predictions_follow_from_geometry() -> None:
         assert row["fp8_ms"] < row["swap_ms"] < row["recompute_ms"]
     per_position = [row["recompute_ms"] / row["context"] for row in rows]
     assert per_position[-1] > 1.2 * per_position[1], "attention over a long context makes each position dearer"
-
-
-@pytest.mark.usefixtures("steady")
-def test_catch_up_lazy_and_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--traces", "minimal", "--concurrency", "1,2", "--requests", "2", "--chunks", "2,1000", "--rooms", "0")
-    assert catchup.main([*QUICK, *flags, "--max-tokens", "32", "--output-json", str(tmp_path / "out.json")]) == 0
-    found = last(capsys)
-    names = ["lazy", "eager, chunk 2, room 0", "eager, chunk 1000, room 0"]
-    assert [run["setting"] for run in found["runs"]] == 2 * names
-    for run in found["runs"]:
-        assert run["tokens_that_differ"] == 0.0
-        assert run["seam_stall_ms"]["count"] > 0
-    lazy, small, large = found["runs"][:3]
-    assert lazy["ahead"] == 0
-    assert small["ahead"] > large["ahead"] == 0, "a chunk that never gathers changes nothing"
 
 
 def test_a_run_without_progress_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
