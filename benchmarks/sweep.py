@@ -2,18 +2,26 @@
 
 Every run serves the same requests with the same hand-offs, greedy, from empty caches: what differs between two runs is
 what the settings did. Work is counted in tokens that went through a model; time by process CPU time and by wall time.
+On a CPU the engine's own clock is CPU time too: waits and stalls are those of a machine that does nothing else.
+
+    forced   hand-offs of a trace, put there by position           any pair
+    drawn    hand-offs of a trace, by tags the small model writes  random weights; drawn.py
+    own      hand-offs the embedded pair wants, on its own problems
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from time import process_time
 from typing import Any
 
 import torch
 from arrivals import closed_loop
+from drawn import Scribe
 from harness import Timed, machine, race, use_threads
 from pairs import build, check_fits, resolve
 from serving import Watch, percentiles
@@ -21,12 +29,17 @@ from traces import Trace, make_trace, workload
 
 from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.decoder import SplitDecoder
+from splitdecode.demo import problems
 from splitdecode.errors import RequestError
 from splitdecode.models.geometry import kv_bytes
 from splitdecode.split.engine import Choice
 from splitdecode.split.outputs import RequestMetrics
+from splitdecode.split.policies import ControlTags
 from splitdecode.split.prompts import prompt_ids
 from splitdecode.split.roles import Pair, Role
+
+OWN = "own"  # in place of a trace's name: the embedded pair's problems and tags
+_ANSWER = 192  # tokens its answers stay under
 
 
 @dataclass(slots=True)
@@ -46,11 +59,14 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests of a trace, so many of them at a time."""
+    """So many requests of a trace (or OWN), so many of them at a time. drawn: the small model writes its tags itself,
+    with a false alarm every so many of its tokens (0: none)."""
 
     trace: str
     requests: int
     concurrency: int
+    drawn: bool = False
+    alarm_every: int = 0
 
 
 class Sweep:
@@ -60,14 +76,17 @@ class Sweep:
         """args: small, large, dtype, device, page_size, seed, max_tokens, threads, num_iters, num_iters_warmup."""
         self.args = args
         self.sources = Pair.of(lambda r: resolve(args.large if r else args.small, r, args.dtype))
-        self.traces = {load: self._traces(load) for load in loads}
+        self._check(loads)
+        self.traces = {load: self._traces(load) for load in loads if load.trace != OWN}
         every = [trace for traces in self.traces.values() for trace in traces]
-        self.length = max(t.prompt_tokens + t.total_tokens + 8 * len(t.spans) for t in every) + 8
+        lengths = [t.prompt_tokens + t.total_tokens + 8 * len(t.spans) + 8 for t in every]
+        own = min(source.config.max_positions for source in self.sources)
+        self.length = max(lengths + [own] * any(load.trace == OWN for load in loads))
         most = max(load.concurrency for load in loads)
         check_fits(self.sources, self.length, args.device, lanes=most)
         use_threads(args.threads)
         self.machine = machine(args.device)
-        split = {make_trace(load.trace).split_tags for load in loads}
+        split = {load.drawn or make_trace(load.trace).split_tags for load in self.traces}
         if len(split) > 1:
             raise RequestError("--trace: whole tags and tags in pieces need vocabularies of their own; run them apart")
         self._loaded = build(
@@ -76,7 +95,7 @@ class Sweep:
             device=args.device,
             page_size=args.page_size,
             read_interval=4,
-            split_tags=split.pop(),
+            split_tags=True in split,
             lanes=1,
         )
 
@@ -97,7 +116,12 @@ class Sweep:
             **engine,
         )
         one = self._loaded
-        made = SplitDecoder(one.models, one.tokenizers, eos_ids=Pair((), ()), config=config)
+        ends = one.tokenizers.map(lambda t: () if t.eos_id is None else (t.eos_id,))
+        made = SplitDecoder(one.models, one.tokenizers, eos_ids=ends, config=config)
+        if self.args.device == "cpu":
+            made.engine.clock = process_time
+            for runner in made.engine.runners:
+                runner.clock = process_time  # type: ignore[union-attr]
         if min(made.max_len) < self.length:
             raise RequestError(f"{budget} bytes of cache hold {min(made.max_len)} positions, expected {self.length}")
         return made
@@ -118,9 +142,10 @@ class Sweep:
         engine = decoder.engine
         for runner in engine.runners:
             runner.cache.pool.clear_cache()
-        choices = [self._choice(decoder, trace) for trace in self.traces[load]]
+        choices = self._choices(decoder, load)
         before = _counts(decoder)
-        with Watch(engine) as watch:
+        drawn = dict(zip(choices, self.traces[load], strict=True)) if load.drawn else {}
+        with Scribe(decoder, drawn, load.alarm_every) if drawn else nullcontext(), Watch(engine) as watch:
             guard = _Guard(watch, choices)
             closed_loop(engine, choices, load.concurrency, guard.look)
         counts = {name: count - before[name] for name, count in _counts(decoder).items()}
@@ -130,11 +155,28 @@ class Sweep:
         found = (trace.scaled(self.args.max_tokens) for trace in workload(load.trace, load.requests, self.args.seed))
         return [replace(trace, seed=self.args.seed + index) for index, trace in enumerate(found)]
 
-    def _choice(self, decoder: SplitDecoder, trace: Trace) -> Choice:
+    def _choices(self, decoder: SplitDecoder, load: Load) -> list[Choice]:
         limits = decoder.vocab_limits
-        params = SamplingParams(temperature=0.0, max_tokens=trace.total_tokens, ignore_eos=True)
-        prompts = prompt_ids(decoder.tokens, trace.prompt_ids(min(limits)), None, limits)
-        return Choice(prompts, params, trace.policy().bind(0), 0, 0, RequestMetrics())
+        if load.trace == OWN:
+            asked = problems(load.requests, self.args.seed + 7)
+            prompts = [prompt_ids(decoder.tokens, problem.prompt, None, limits) for problem in asked]
+            params = SamplingParams(temperature=0.0, max_tokens=_ANSWER)
+            return [Choice(prompt, params, ControlTags().bind(0), 0, 0, RequestMetrics()) for prompt in prompts]
+        words = min(limits) - 8 * load.drawn  # tags in pieces come last; a prompt that spells one is none
+        choices = []
+        for trace in self.traces[load]:
+            policy = ControlTags() if load.drawn else trace.policy()
+            params = SamplingParams(temperature=0.0, max_tokens=trace.total_tokens, ignore_eos=True)
+            prompt = prompt_ids(decoder.tokens, trace.prompt_ids(words), None, limits)
+            choices.append(Choice(prompt, params, policy.bind(0), 0, 0, RequestMetrics()))
+        return choices
+
+    def _check(self, loads: list[Load]) -> None:
+        kinds = {source.kind for source in self.sources}
+        if any(load.trace == OWN for load in loads) and kinds != {"demo"}:
+            raise RequestError(f"--traces: {OWN!r} needs the embedded pair")
+        if any(load.drawn for load in loads) and kinds - {"random", "preset"}:
+            raise RequestError("--drawn: needs random weights, others write what they write")
 
     def _settle(self) -> None:
         if self.args.device.startswith("cuda"):

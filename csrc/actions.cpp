@@ -138,7 +138,7 @@ void Scheduler::wake(Sequence& sequence, int32_t lane_id, Want want, int32_t at_
     lane.ready = now_;
     if (lane.cached > at_most) set_cached(lane, lane_id, at_most);
     trim_shelf(lane, lane_id, at_most);
-    sequence.hurried = false;
+    sequence.hurry = 0;
 }
 
 void Scheduler::retarget(int32_t seq, int32_t lane_id, int32_t keep, const std::vector<int32_t>& ids, bool in_tag) {

@@ -240,6 +240,13 @@ int32_t Scheduler::ahead_of_need(const Sequence& sequence, int32_t lane_id) cons
            std::clamp(static_cast<int32_t>(sequence.content.size()) - lane.projected, 0, std::max(0, room));
 }
 
+void Scheduler::hurry(int32_t seq) {
+    Sequence& sequence = at(seq);
+    if (sequence.mirror < 0) return;
+    const Lane& lane = sequence.lanes[static_cast<size_t>(sequence.mirror)];
+    sequence.hurry = lane.size() + static_cast<int32_t>(sequence.content.size()) - lane.projected - 1;
+}
+
 // The lane's ids grow by the content it lacks; `most` pending ids in all.
 void Scheduler::project(Sequence& sequence, int32_t lane_id, int32_t most) {
     Lane& lane = sequence.lanes[lane_index(lane_id)];

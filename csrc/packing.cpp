@@ -129,10 +129,10 @@ void Scheduler::pack_fills(int32_t lane_id, const PlanBuffers& out, PlanCounts& 
     for (const Candidate& fill : fills_) {
         Sequence& sequence = *fill.sequence;
         Lane& lane = sequence.lanes[index];
-        const bool worth = sequence.hurried || fill.count >= fill_chunk_[index];
+        const bool worth = lane.launched < sequence.hurry || fill.count >= fill_chunk_[index];
         const int32_t limit = std::min(worth ? out.max_tokens : room, out.max_tokens) - counts.tokens;
-        // A row before it may have taken its pages and put them on the shelf.
-        if (limit <= 0 || counts.rows >= out.max_rows || !sequence.resident || lane.shelved > 0) continue;
+        if (limit <= 0 || counts.rows >= out.max_rows || !sequence.resident) continue;
+        if (lane.shelved > 0) continue; // since the survey: rows of this very step needed its pages
         if (lane.pages.empty()) adopt_prefix(sequence, lane_id);
         const int32_t count = std::min(limit, ahead_of_need(sequence, lane_id));
         const int32_t end = lane.launched + count, pages = pages_for(end, pool(lane_id).page_size());

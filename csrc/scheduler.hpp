@@ -114,8 +114,8 @@ class Scheduler {
     // The lane runs the content ahead of need, while another lane writes; -1: no lane does. Ids must mean the same to
     // both.
     void mirror(int32_t seq, int32_t lane) { at(seq).mirror = static_cast<int8_t>(lane); }
-    // The mirrored lane is likely to be asked soon.
-    void hurry(int32_t seq) { at(seq).hurried = true; }
+    // The mirrored lane is likely to be asked soon: what there is now is worth a step of its own, what comes is not.
+    void hurry(int32_t seq);
     // Copies the caller owes, oldest first; none remain.
     std::vector<Transfer> take_transfers(int32_t lane) { return std::exchange(transfers_.at(lane_index(lane)), {}); }
     int64_t idle_evictions() const { return idle_evictions_; }

@@ -165,8 +165,8 @@ class Sequence {
     bool open_is_event = true;
     bool resident = false;
     int8_t mirror = -1;   // lane that runs the content ahead of need while another writes; -1: none
-    bool hurried = false; // it should do so now
     bool holding = false; // the active lane is scanned for tags, so its tail may be held
+    int32_t hurry = 0;    // position up to which it should do so without waiting for more
   private:
     int32_t tag_state_ = ByteMatcher::start;
     int32_t stop_state_ = ByteMatcher::start;

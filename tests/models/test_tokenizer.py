@@ -228,6 +228,27 @@ def test_added_tokens_that_are_not_special_cross_unless_avoided() -> None:
     assert joined(tokenizer, spelled) == b"a<think>b"
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(["T", "he", " a", "é", "\n", "<", ".</", *"!>", "<|endoftext|>", "<think>", "é!"]))
+)
+def test_an_inserted_text_is_tokenised_as_a_prompt_is(parts: list[str]) -> None:
+    tokenizer = made("byte_level")
+    text = "".join(parts)
+    ids = tokenizer.encode_inserted(text)
+    assert joined(tokenizer, ids) == text.encode()
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    spelled = tokenizer.encode_inserted(text, avoid=tokenizer.special_ids)
+    assert joined(tokenizer, spelled) == text.encode()
+    assert not tokenizer.special_ids & set(spelled)
+
+
+def test_an_inserted_text_begins_nothing() -> None:
+    tokenizer = made("llama2")
+    plain = tokenizer.encode_bytes(b"text")
+    assert tokenizer.encode_inserted("text</s>text") == [*plain, tokenizer.id_of("</s>"), *plain]
+
+
 def test_greedy_dead_ends_are_left_again() -> None:
     """Longest first takes "ab" and is stuck at "c"; the fewest tokens that reach the end are "a", "bc"."""
     built = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("ab", -1.0), ("bc", -1.0)], unk_id=0))

@@ -51,6 +51,13 @@ class ToyTokenizer:
             data = data[len(self.token_bytes[best]) :]
         return ids
 
+    def encode_inserted(self, text: str, *, avoid: Collection[int] = ()) -> list[int]:
+        for piece, index in self._added.items():
+            if index not in avoid and piece in text:
+                left, right = text.split(piece, 1)
+                return [*self.encode_bytes(left.encode()), index, *self.encode_inserted(right, avoid=avoid)]
+        return self.encode_bytes(text.encode())
+
     def same_ids(self, other: ToyTokenizer) -> bool:
         shared = min(self.size, other.size)
         return self.token_bytes[:shared] == other.token_bytes[:shared]

@@ -3,6 +3,7 @@
     encode(text)         a prompt: special tokens are recognised, one BOS where the checkpoint wants one
     encode_bytes(data)   a piece from the middle of a text: no BOS, no added space, no special tokens, and always
                          b"".join(token_bytes[i] for i in ids) == data
+    encode_inserted(text)   a text put into the middle of another: the same, but special tokens are recognised
 
 The second one is what seams need: a residue left by a tag, or another tokenizer's text, may begin inside a word and
 even inside a UTF-8 character. It runs on a private copy of the tokenizer from which everything that acts on the
@@ -13,6 +14,7 @@ longest tokens that fit.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +115,18 @@ class Tokenizer:
             ids.extend(self._spelled(piece, avoid) if plain is None else plain)
         return ids
 
+    def encode_inserted(self, text: str, *, avoid: Collection[int] = ()) -> list[int]:
+        """Ids whose bytes are exactly `text`, in which added tokens, special or not, are themselves as in a prompt,
+        unless they are in `avoid`: those are spelled in others. Raises RequestError as encode_bytes does."""
+        ids: list[int] = []
+        at = 0
+        for found in self._added_texts.finditer(text) if self._added else ():
+            index = self._added[found[0]]
+            if index not in avoid:
+                ids += [*self.encode_bytes(text[at : found.start()].encode(), avoid=avoid), index]
+                at = found.end()
+        return ids + self.encode_bytes(text[at:].encode(), avoid=avoid)
+
     def decode(self, ids: Collection[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids in the middle of a text; incomplete characters become U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
@@ -205,6 +219,10 @@ class Tokenizer:
             ids.append(entry[1])
             at = entry[2]
         return ids
+
+    @cached_property
+    def _added_texts(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))))
 
     @cached_property
     def _by_bytes(self) -> tuple[dict[bytes, int], list[int]]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from time import perf_counter
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from splitdecode.models import Transformer
 from splitdecode.ops import FEEDS_DEVICE
 from splitdecode.runtime.batch import Batch, Ints
 from splitdecode.runtime.kvcache import KVCache
-from splitdecode.runtime.sampler import Array, Counts, Sampled, Sampler
+from splitdecode.runtime.sampler import Array, Counts, Sampled, Sampler, host
 
 LIKELY = 0.05  # probability from which a watched id counts as coming
 _EMPTY = Sampled(np.zeros(0, dtype=np.int32))
@@ -51,6 +52,20 @@ def foretold(logits: Tensor, watched: Tensor) -> Tensor:
     return mass >= log(LIKELY)
 
 
+def rows_foretold(logits: Tensor, watched: Tensor) -> list[int]:
+    """The rows of which foretold() is true, in host memory. The watched ids together have at most their number times
+    the largest of their probabilities, so mostly two maxima tell that no row can reach LIKELY."""
+    values, ids = host(logits), watched.numpy()
+    if not len(values):
+        return []
+    lead = values.max(1) + (log(LIKELY / len(ids)) - 1e-3)  # the last term: rounding
+    near = (values.take(ids, 1).max(1) >= lead).nonzero()[0]
+    if not len(near):
+        return []
+    rows: list[int] = near[foretold(torch.from_numpy(values[near]), watched).numpy()].tolist()
+    return rows
+
+
 class ModelRunner:
     """One model, its cache and sampler: `launch(batch) -> Flight`."""
 
@@ -59,6 +74,7 @@ class ModelRunner:
         self._last = np.zeros(max_seqs, dtype=np.int32)  # the id last sampled for each sequence: next step's input
         self.steps = 1  # decode steps a flight may take
         self.watched: Tensor | None = None  # ids whose coming is foretold
+        self.clock: Callable[[], float] = perf_counter  # seconds: what a step takes is read from it
         self._nothing = np.full(64, np.nan, dtype=np.float32)
 
     @property
@@ -68,7 +84,7 @@ class ModelRunner:
 
     def launch(self, batch: Batch, counts: Sequence[Counts] = ()) -> Flight:
         """Runs one step. Tokens below zero stand for the id last sampled for sequence -1 - token."""
-        start = perf_counter()
+        start = self.clock()
         tokens = batch.paged.tokens.numpy()
         if tokens.min() < 0:
             unheard = np.flatnonzero(tokens < 0)
@@ -90,8 +106,10 @@ class ModelRunner:
         if logprobs is None:
             logprobs = self._unknown(len(draws))
         kept = None if sampled.top is None else draws.copy()
-        likely = () if self.watched is None else draws[:, 1][foretold(logits, self.watched).numpy()].tolist()
-        ms = (perf_counter() - start) * 1e3
+        likely: Sequence[int] = ()
+        if self.watched is not None and (rows := rows_foretold(logits, self.watched)):
+            likely = draws[rows, 1].tolist()
+        ms = (self.clock() - start) * 1e3
         return Flight(sampled.ids, logprobs, sampled.top, kept, batch.num_tokens, ms, likely)
 
     def _unknown(self, count: int) -> Array:

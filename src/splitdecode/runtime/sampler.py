@@ -130,7 +130,7 @@ class Sampler:
         attempts, flags (SUPPRESS_STOP): integers [N]; counts: one for each row whose slot needs them.
         Raises ValueError when a row lacks its counts.
         """
-        raw = _host(logits)[:, : self.vocab_limit]
+        raw = host(logits)[:, : self.vocab_limit]
         if len(slots) == 1 and (known := self._greedy_one(raw[0], slots[0], attempts[0], flags[0])) is not None:
             return known
         if (known := self._greedy_all(raw, attempts, flags)) is not None:
@@ -308,7 +308,7 @@ def kind_of(params: SamplingParams, vocab_limit: int) -> int:
     return kind | (_LOGPROBS if params.logprobs is not None else 0)
 
 
-def _host(logits: Tensor) -> Array:
+def host(logits: Tensor) -> Array:
     """[N, V] float32 or float64 in host memory; a view when it already is."""
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()

@@ -8,6 +8,8 @@
 
 An action's tag is found as the hand-off tags are: by bytes, under every tokenisation, and what follows it in its last
 token is dropped. Only the small model's own text is read for them; the large model may write them as plain text.
+What an action puts into the answer is encoded as a prompt is: a checkpoint's own `</think>` is that token, and left out
+of the text where it is special. A tag in it is spelled in plain tokens and starts nothing.
 Without actions nothing is looked for, and every token is what it was. Another precision of the same model needs no
 action: it is a pair of one checkpoint with itself, `from_pretrained(path, path, dtype=("bfloat16", "float32"))`.
 """

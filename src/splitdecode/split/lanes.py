@@ -62,7 +62,7 @@ class Lanes:
 
     def _say(self, text: str) -> list[Event] | None:
         """Puts text into the answer in the small model's name, which holds the pen. None: it does not fit."""
-        ids = self.tokens.encode(SMALL, text.encode())
+        ids = self.tokens.say(text)
         if len(ids) >= self.scheduler.room(self.handle, SMALL):
             return None
         self._retarget(SMALL, self._size(SMALL), ids)

@@ -35,7 +35,16 @@ class PairTokens:
         self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
         self.vocabularies = tokenizers.map(_vocabulary)
         self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
+        self._never_said = self._unsayable((*tags, *others))
         self._check_residues((*tags, *others))
+
+    def _unsayable(self, tags: Sequence[str]) -> frozenset[int]:
+        """Ids of the small model that a text put into an answer is not written in: those that hold a tag, which
+        would be one to the model that reads it, and those that cannot be handed over."""
+        table = self.tokenizers[Role.SMALL].token_bytes
+        shared = min(tokenizer.size for tokenizer in self.tokenizers) if self.same else len(table)
+        holding = (i for i, text in enumerate(table) if any(tag.encode() in text for tag in tags))
+        return frozenset((*holding, *range(shared, len(table))))
 
     def _check_residues(self, tags: Sequence[str]) -> None:
         """Whatever a tag leaves over of a small-model token must be writable, or a hand-off would fail midway."""
@@ -62,6 +71,11 @@ class PairTokens:
     def encode(self, role: Role, data: bytes) -> list[int]:
         """A piece of mid-stream text in that role's ids."""
         return self.tokenizers[role].encode_bytes(data)
+
+    def say(self, text: str) -> list[int]:
+        """A text put into an answer, in the small model's ids: its added tokens, `</think>` say, are themselves as in a
+        prompt, but a tag is spelled in plain tokens."""
+        return self.tokenizers[Role.SMALL].encode_inserted(text, avoid=self._never_said)
 
     def project(self, author: Role, ids: Sequence[int]) -> list[int]:
         """Finished text by `author`, as the other model reads it."""
