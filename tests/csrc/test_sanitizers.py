@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,3 +33,6 @@ def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for structure in ("page_pool", "scheduler"):
         assert f"{structure}: 100 seeds" in done.stdout
+    met = dict(re.findall(r"([a-z ]+) (\d+)", done.stdout.split("scheduler met:")[1]))
+    assert len(met) == 5
+    assert min(int(count) for count in met.values()) > 100, met
