@@ -132,8 +132,7 @@ void Scheduler::pack_fills(int32_t lane_id, const PlanBuffers& out, PlanCounts& 
         const bool worth = sequence.hurried || fill.count >= fill_chunk_[index];
         const int32_t limit = std::min(worth ? out.max_tokens : room, out.max_tokens) - counts.tokens;
         if (limit <= 0 || counts.rows >= out.max_rows || !sequence.resident) continue;
-        if (lane.shelved > 0) continue; // put there by a row of this plan, since the survey
-        if (lane.pages.empty()) adopt_prefix(sequence, lane_id);
+        if (lane.pages.empty() && lane.shelved == 0) adopt_prefix(sequence, lane_id); // a row may just have shelved it
         const int32_t count = std::min(limit, ahead_of_need(sequence, lane_id));
         const int32_t end = lane.launched + count, pages = pages_for(end, pool(lane_id).page_size());
         const int32_t fresh = pages - static_cast<int32_t>(lane.pages.size());

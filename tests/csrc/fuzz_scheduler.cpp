@@ -20,7 +20,7 @@ class Walk : public Steps {
     void run(int32_t steps) {
         for (int32_t step = 0; step < steps; ++step) {
             const int32_t choice = below(100), lane = below(2);
-            if (choice < 10 && asked_.size() < 5) {
+            if (choice < 10 && asked_.size() < 6) {
                 add();
             } else if (choice < 45) {
                 launch(lane);
@@ -167,7 +167,7 @@ class Walk : public Steps {
     void decide(int32_t seq) {
         switch (below(9)) {
         case 0:
-            return finish(seq);
+            return below(3) == 0 ? finish(seq) : write(seq);
         case 1:
         case 2:
             return cut(seq);

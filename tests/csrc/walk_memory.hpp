@@ -30,13 +30,17 @@ class WalkMemory {
         pools_.reserve(2);
         shelves_.reserve(2);
         std::vector<int32_t> pages(2);
-        for (int32_t& count : pages) count = (max_len + page_size - 1) / page_size + below(5);
+        const bool tight = below(2) == 0;
+        for (int32_t& count : pages) {
+            count = (max_len + page_size - 1) / page_size;
+            count += below(tight ? 5 : 2 * count);
+        }
         if (below(2) == 0)
             set_apart(pages, below);
         else
             share(pages, below);
         for (size_t lane = 0; lane < 2; ++lane) {
-            const int32_t size = std::vector<int32_t>{0, 3, 40}[static_cast<size_t>(below(3))];
+            const int32_t size = std::vector<int32_t>{0, 6, 40, 40}[static_cast<size_t>(below(4))];
             shelves_.emplace_back(std::max(size, 1), page_size, false);
             has_shelf_.push_back(size > 0);
             kept_[lane].resize(static_cast<size_t>(size * page_size), std::vector<Cell>(cells(lane)));

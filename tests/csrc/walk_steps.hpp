@@ -70,11 +70,11 @@ class Steps {
   public:
     explicit Steps(uint64_t seed)
         : random_(seed), page_size_(1 << below(3)), vocabulary_(kWords, std::vector<uint8_t>(kWords.size()), encode),
-          memory_(random_, page_size_, kMaxLen),
-          scheduler_({{&memory_.pool(0), &vocabulary_, kMaxLen, {0}, memory_.shelf(0)},
-                      {&memory_.pool(1), &vocabulary_, kMaxLen, {0}, memory_.shelf(1)}},
-                     {"<x>", "</x>"}, 1 + below(4), 1 + below(3)),
-          buffers_(1 + below(12), 1 + below(4), 1 + below(6)), slow_(below(2)), last_(2), flights_(2) {
+          ends_(at(below(2))), memory_(random_, page_size_, kMaxLen),
+          scheduler_({{&memory_.pool(0), &vocabulary_, kMaxLen, ends_, memory_.shelf(0)},
+                      {&memory_.pool(1), &vocabulary_, kMaxLen, ends_, memory_.shelf(1)}},
+                     {"<x>", "</x>"}, 1 + below(6), 1 + below(3)),
+          buffers_(1 + below(16), 1 + below(6), 1 + below(6)), slow_(below(2)), last_(2), flights_(2) {
         if (memory_.arena() != nullptr) scheduler_.share(memory_.arena());
         scheduler_.pace(below(2) * below(5), 20.0);
         for (int32_t lane : {0, 1})
@@ -198,8 +198,7 @@ class Steps {
         const int32_t* pages = b.pages.data() + b.indptr[r];
         const int32_t seq = b.seq[r], start = b.p[at(b.cu[r])];
         const Sequence& sequence = scheduler_.at(seq);
-        EXPECT(asked_.at(seq).lane == lane || sequence.mirror == lane);
-        met_.ahead += asked_.at(seq).lane != lane;
+        if (asked_.at(seq).lane != lane) run_ahead(sequence, lane, b.kv[r]);
         uint64_t seen = kRoot;
         for (int32_t p = 0; p < start; ++p) { // what the host does not know yet was drawn from the slot before
             const auto& ids = lane_of(seq, lane).ids;
@@ -218,6 +217,15 @@ class Steps {
             flight.pages.emplace_back(sequence.arrival, b.pages[at(n)]);
     }
 
+    // Behind the last token a draw would be wanted, and what is proposed or read is no content yet.
+    void run_ahead(const Sequence& sequence, int32_t lane, int32_t end) {
+        const Lane& own = sequence.lanes[at(lane)];
+        EXPECT(sequence.mirror == lane);
+        EXPECT(end < own.size() || at(own.projected) < sequence.content.size());
+        EXPECT(sequence.phase == Phase::SCAN || sequence.phase == Phase::DIRECT);
+        ++met_.ahead;
+    }
+
     // Ids are those it was given, then those it drew or, running ahead, the newest of the content it holds.
     void check_lane(const Sequence& sequence, const Asked& asked, int32_t lane_id) {
         const Lane& lane = sequence.lanes[at(lane_id)];
@@ -225,6 +233,8 @@ class Steps {
         const auto size = static_cast<int32_t>(lane.ids.size()), known = static_cast<int32_t>(base.size());
         EXPECT(size >= known && std::equal(base.begin(), base.end(), lane.ids.begin()));
         EXPECT(size == known || asked.lane == lane_id || sequence.mirror == lane_id);
+        if (sequence.active == lane_id && sequence.phase != Phase::FROZEN && lane.inflight == 0)
+            EXPECT(std::max(lane.launched, lane.shelved) < size); // else it would wait for ever
         uint64_t seen = kRoot;
         for (int32_t p = 0; p < size; ++p) {
             const int32_t id = lane.ids[at(p)];
@@ -241,6 +251,7 @@ class Steps {
     std::mt19937_64 random_;
     int32_t page_size_;
     Vocabulary vocabulary_;
+    std::vector<int32_t> ends_; // 0 ends a text, or nothing does
 
   protected:
     WalkMemory memory_;
