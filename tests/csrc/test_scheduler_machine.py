@@ -284,15 +284,27 @@ def run_dry(world: World, seqs: set[int], chance: random.Random, ticks: int) -> 
             if not world.flights[lane] or (len(world.flights[lane]) < world.shape.depth and chance.random() < 0.3):
                 continue
             for event in world.land(lane):
-                if event.kind in OVER:
-                    world.finish(event.seq)
+                mark = mark_of(world, event.seq)
+                if event.kind in OVER or world.write(event.seq, chance.randrange(2), Phase.DIRECT, mark=mark):
+                    world.finish(event.seq)  # its text ended, or the lane that should write on is full
                     seqs.discard(event.seq)
-                else:
-                    world.write(event.seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, event.seq))
         world.check()
         if not seqs:
             return
     raise AssertionError(f"{sorted(seqs)} are still running after {ticks} ticks")
+
+
+def write_six(world: World, chance: random.Random, *lengths: int) -> None:
+    """Six sequences that write so many tokens each, to their end."""
+    seqs = set()
+    for _ in range(6):
+        seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice(lengths))
+        seqs.add(seq)
+        world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
+        if chance.random() < 0.5:
+            world.mirror(seq, chance.randrange(2))
+    run_dry(world, seqs, chance, 4000)
+    world.drain()
 
 
 def mark_of(world: World, seq: int) -> int:
@@ -309,15 +321,7 @@ def test_every_sequence_ends_in_pools_that_hold_barely_one(seed: int) -> None:
     shape = replace(shape, patience=chance.choice([0.0, 1.0, 5.0]), fill=chance.choice([(0, 1 << 30), (4, 2)]))
     shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, tokens=chance.choice([1, 3, 9]), max_seqs=5)
     world = World(shape)
-    seqs = set()
-    for _ in range(6):
-        seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice([4, 12]))
-        seqs.add(seq)
-        world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
-        if chance.random() < 0.5:
-            world.mirror(seq, chance.randrange(2))
-    run_dry(world, seqs, chance, 4000)
-    world.drain()
+    write_six(world, chance, 4, 12)
 
 
 def test_caches_that_left_a_shared_memory_come_back_whole() -> None:
@@ -333,15 +337,7 @@ def test_caches_that_left_a_shared_memory_come_back_whole() -> None:
         shape = replace(shape, spare_extents=chance.randrange(pages), fill=chance.choice([(0, 1 << 30), (2, 2)]))
         shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, max_seqs=5)
         world = World(shape)
-        seqs = set()
-        for _ in range(6):
-            seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice([9, 18]))
-            seqs.add(seq)
-            world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
-            if chance.random() < 0.5:
-                world.mirror(seq, chance.randrange(2))
-        run_dry(world, seqs, chance, 4000)
-        world.drain()
+        write_six(world, chance, 9, 18)
         met += world.memory.met
     assert min(met["put", "planned"], met["taken", "planned"], met["put", "other"]) > 100
 

@@ -233,6 +233,7 @@ class Steps {
         const auto size = static_cast<int32_t>(lane.ids.size()), known = static_cast<int32_t>(base.size());
         EXPECT(size >= known && std::equal(base.begin(), base.end(), lane.ids.begin()));
         EXPECT(size == known || asked.lane == lane_id || sequence.mirror == lane_id);
+        EXPECT(sequence.resident || lane.shelf.empty());
         if (sequence.active == lane_id && sequence.phase != Phase::FROZEN && lane.inflight == 0)
             EXPECT(std::max(lane.launched, lane.shelved) < size); // else it would wait for ever
         uint64_t seen = kRoot;
