@@ -139,9 +139,10 @@ void fuzz_page_pool(uint64_t seed) {
 struct Fuzzer {
     const char* name;
     void (*run)(uint64_t seed);
+    std::string (*met)();
 };
 
-constexpr Fuzzer kFuzzers[] = {{"page_pool", fuzz_page_pool}, {"scheduler", fuzz_scheduler}};
+constexpr Fuzzer kFuzzers[] = {{"page_pool", fuzz_page_pool, nullptr}, {"scheduler", fuzz_scheduler, met_by_scheduler}};
 
 } // namespace
 
@@ -160,6 +161,7 @@ int main(int argc, char** argv) {
         }
         std::printf("%s: %llu seeds from %llu\n", fuzzer.name, static_cast<unsigned long long>(count),
                     static_cast<unsigned long long>(first));
+        if (fuzzer.met != nullptr) std::printf("%s met: %s\n", fuzzer.name, fuzzer.met().c_str());
     }
     return 0;
 }

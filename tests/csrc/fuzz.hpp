@@ -10,4 +10,6 @@
         if (!(held)) throw std::runtime_error(std::string(__FILE__) + ":" + std::to_string(__LINE__) + ": " #held);    \
     } while (false)
 
-void fuzz_scheduler(uint64_t seed); // fuzz_scheduler.cpp
+// fuzz_scheduler.cpp
+void fuzz_scheduler(uint64_t seed);
+std::string met_by_scheduler(); // "what 12, ...": of all seeds so far

@@ -1,15 +1,11 @@
 // A random walk over Scheduler (F1) without Python: writes, reads, tries, retargets, aborts and late landings over two
-// lanes. The model is fake and its KV-cache a shadow, as in tests/oracles/lanes.py:
-//
-//     launch   cache[slot] = mix(cache[slot of the position before], token)
-//     draw     mix(cache[slot], stream) % words       after every step: ids and cached slots against ids alone
+// lanes. They may share a memory, keep idle caches on shelves, wait for company and run content ahead of need. What a
+// step does and what must hold after it is in walk_steps.hpp.
 #include "fuzz.hpp"
-#include "scheduler.hpp"
+#include "walk_steps.hpp"
 
 #include <algorithm>
-#include <deque>
-#include <map>
-#include <random>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -17,96 +13,54 @@ using namespace splitdecode;
 
 namespace {
 
-const std::vector<std::string> kWords = {"",   "a",  "b",  "(",  "<",   "/",    "x",   ">",   ".",      "<x",
-                                         "x>", "(<", ">a", "</", ".</", "</x>", "<x>", ">.<", "a</x>b", ""};
-constexpr int32_t kMaxLen = 22;
-constexpr uint64_t kRoot = 1;
-
-uint64_t mix(uint64_t state, uint64_t part) {
-    state = (state ^ part) * 0xBF58476D1CE4E5B9ULL;
-    return state ^ (state >> 29);
-}
-
-std::vector<int32_t> encode(const std::string& residue) {
-    std::vector<int32_t> ids;
-    for (char byte : residue)
-        ids.push_back(
-            static_cast<int32_t>(std::find(kWords.begin(), kWords.end(), std::string(1, byte)) - kWords.begin()));
-    return ids;
-}
-
-struct Buffers {
-    explicit Buffers(int32_t tokens, int32_t rows, int32_t logits)
-        : t(size(tokens)), p(t), s(t), cu(size(rows + 1)), kv(size(rows)), indptr(cu), pages(1024), seq(kv), steps(kv),
-          out(size(6 * logits)),
-          plan{t.data(),   p.data(),     s.data(),   cu.data(), kv.data(), indptr.data(), pages.data(),
-               seq.data(), steps.data(), out.data(), tokens,    rows,      1024,          logits} {}
-    static size_t size(int32_t n) { return static_cast<size_t>(n); }
-    std::vector<int32_t> t, p, s, cu, kv, indptr, pages, seq, steps, out;
-    PlanBuffers plan;
-};
-
-// What the walk remembers of a sequence: whose turn, under which stream, and the ids it was given itself.
-struct Asked {
-    int32_t lane = 0;
-    uint32_t stream = 0;
-    bool confirming = false;
-    std::vector<std::vector<int32_t>> base;
-    int32_t read_lane = -1, read_from = 0;
-};
-
-class Walk {
+class Walk : public Steps {
   public:
-    explicit Walk(uint64_t seed)
-        : random_(seed), page_size_(1 << below(3)), depth_(1 + below(3)), vocabulary_(kWords, flags(), encode),
-          pools_{make_pool(), make_pool()},
-          scheduler_({{&pools_[0], &vocabulary_, kMaxLen, {0}}, {&pools_[1], &vocabulary_, kMaxLen, {0}}},
-                     {"<x>", "</x>"}, 1 + below(4), depth_),
-          buffers_(1 + below(12), 1 + below(4), 1 + below(6)), cache_(2), last_(2), flights_(2) {}
+    using Steps::Steps;
 
     void run(int32_t steps) {
         for (int32_t step = 0; step < steps; ++step) {
             const int32_t choice = below(100), lane = below(2);
-            if (choice < 10 && asked_.size() < 5) {
+            if (choice < 10 && asked_.size() < 6) {
                 add();
             } else if (choice < 45) {
                 launch(lane);
             } else if (choice < 85) {
                 if (!flights_[at(lane)].empty()) land(lane);
-            } else if (!asked_.empty()) {
+            } else if (asked_.empty()) {
+                continue;
+            } else if (choice < 87) {
+                scheduler_.hurry(pick());
+            } else {
                 decide(pick());
             }
             check();
         }
         while (!asked_.empty()) finish(asked_.begin()->first);
         for (int32_t lane : {0, 1}) {
-            while (!flights_[at(lane)].empty()) land(lane);
-            EXPECT(pools_[at(lane)].in_use() == 0);
+            while (!flights_[at(lane)].empty()) {
+                below(3) == 0 ? discard(lane) : land(lane);
+                check();
+            }
+            EXPECT(memory_.pool(lane).in_use() == 0);
+            EXPECT(memory_.shelf(lane) == nullptr || memory_.shelf(lane)->in_use() == 0);
         }
         scheduler_.check_invariants();
+        if (memory_.arena() != nullptr) met_.extents += memory_.arena()->moved();
+    }
+
+    static std::string met() {
+        const auto part = [](const char* what, int64_t count) { return what + std::to_string(count); };
+        return part("extents moved ", met_.extents) + part(", pages put ", met_.put) +
+               part(", pages taken ", met_.taken) + part(", plans held ", met_.held) +
+               part(", rows ahead ", met_.ahead);
     }
 
   private:
-    static size_t at(int32_t n) { return static_cast<size_t>(n); }
-    int32_t below(int32_t n) { return static_cast<int32_t>(random_() % static_cast<uint64_t>(n)); }
-    int32_t between(int32_t low, int32_t high) { return low + below(high - low + 1); }
-    static std::vector<uint8_t> flags() { return std::vector<uint8_t>(kWords.size(), 0); }
-    PagePool make_pool() { return {(kMaxLen + page_size_ - 1) / page_size_ + below(5), page_size_, below(3) != 0}; }
     int32_t pick() { return std::next(asked_.begin(), below(static_cast<int32_t>(asked_.size())))->first; }
-    Lane& lane_of(int32_t seq, int32_t lane) { return scheduler_.at(seq).lanes[at(lane)]; }
     std::vector<int32_t> some_ids(int32_t least, int32_t most) {
         std::vector<int32_t> ids(at(between(least, std::max(least, most))));
         for (int32_t& id : ids) id = below(static_cast<int32_t>(kWords.size()));
         return ids;
-    }
-
-    static int32_t draw(uint64_t seen, uint32_t stream) {
-        return static_cast<int32_t>(mix(seen, stream) % kWords.size());
-    }
-    uint32_t stream_at(int32_t seq, int32_t sampled) {
-        const Asked& asked = asked_.at(seq);
-        if (!asked.confirming) return asked.stream;
-        return asked.stream | static_cast<uint32_t>(sampled - scheduler_.at(seq).confirm_base) << 8;
     }
 
     // ---- decisions
@@ -123,6 +77,7 @@ class Walk {
         const int32_t leader = asked_.empty() || below(2) == 0 ? -1 : pick();
         const int32_t seq = scheduler_.add(prompts, limits, "fuzz", leader);
         asked_[seq].base = prompts;
+        scheduler_.mirror(seq, below(3) - 1);
         write(seq);
     }
 
@@ -141,6 +96,17 @@ class Walk {
         for (int32_t i = 0; i < 2; ++i) asked.base[at(i)] = lane_of(seq, i).ids;
     }
 
+    // What the other lane wrote is owed at once, as it is when the pen changes hands.
+    void catch_up(int32_t seq, int32_t lane_id) {
+        Sequence& sequence = scheduler_.at(seq);
+        Lane& lane = lane_of(seq, lane_id);
+        std::vector<int32_t> ids;
+        for (size_t n = at(lane.projected); n < sequence.content.size(); ++n) ids.push_back(sequence.content[n].id);
+        if (lane.ids.size() + ids.size() > kMaxLen) return;
+        scheduler_.retarget(seq, lane_id, lane.size(), ids, false);
+        lane.projected = static_cast<int32_t>(sequence.content.size());
+    }
+
     void write(int32_t seq) {
         static constexpr Phase phases[] = {Phase::DIRECT, Phase::SCAN, Phase::SCAN, Phase::PROVISIONAL};
         WriteMode mode;
@@ -149,6 +115,7 @@ class Walk {
         mode.open_is_event = below(4) != 0;
         const int32_t lane = below(2);
         mode.stream = static_cast<uint32_t>(lane);
+        if (scheduler_.at(seq).mirror == lane && below(2) == 0) catch_up(seq, lane);
         if (below(3) == 0) mode.mark = static_cast<int32_t>(scheduler_.at(seq).content.size()) + 2;
         if (below(4) == 0) mode.scan_from = between(lane_of(seq, lane).prompt_len, lane_of(seq, lane).size());
         scheduler_.drop_provisional(seq);
@@ -200,7 +167,7 @@ class Walk {
     void decide(int32_t seq) {
         switch (below(9)) {
         case 0:
-            return finish(seq);
+            return below(3) == 0 ? finish(seq) : write(seq);
         case 1:
         case 2:
             return cut(seq);
@@ -253,104 +220,15 @@ class Walk {
         finish(event.seq);
     }
 
-    // ---- steps
-
-    void launch(int32_t lane) {
-        const PlanCounts counts = scheduler_.plan(lane, buffers_.plan, 1 + below(2) * below(4));
-        const Buffers& b = buffers_;
-        if (counts.rows == 0) return;
-        EXPECT(b.cu[at(counts.rows)] == counts.tokens && b.indptr[at(counts.rows)] == counts.pages);
-        for (size_t r = 0; r < at(counts.rows); ++r) run_row(lane, r);
-        std::vector<int32_t> drawn;
-        for (size_t n = 0; n < at(counts.logits); ++n) {
-            const int32_t* row = b.out.data() + 6 * n;
-            EXPECT(static_cast<uint32_t>(row[3]) == stream_at(row[1], b.p[at(row[0])] + 1));
-            drawn.push_back(draw(cache_[at(lane)].at(b.s[at(row[0])]), static_cast<uint32_t>(row[3])));
-            if ((row[5] & FEEDS_DEVICE) != 0) last_[at(lane)][row[1]] = drawn.back();
-            for (int32_t k = 1; counts.steps > 1 && k < b.steps[n]; ++k) run_on(lane, n, k, drawn);
-        }
-        flights_[at(lane)].push_back(std::move(drawn));
-    }
-
-    // Step k of a row that decodes: its last sample goes in.
-    void run_on(int32_t lane, size_t r, int32_t k, std::vector<int32_t>& drawn) {
-        const Buffers& b = buffers_;
-        const int32_t* pages = b.pages.data() + b.indptr[r];
-        const auto slot = [&](int32_t p) { return pages[p / page_size_] * page_size_ + p % page_size_; };
-        const int32_t seq = b.seq[r], p = b.p[at(b.cu[r])] + k;
-        EXPECT(!pools_[at(lane)].immutable(pages[p / page_size_]));
-        auto& cache = cache_[at(lane)];
-        cache[slot(p)] = mix(cache.at(slot(p - 1)), static_cast<uint64_t>(drawn.back()));
-        drawn.push_back(draw(cache[slot(p)], stream_at(seq, p + 1)));
-        last_[at(lane)][seq] = drawn.back();
-    }
-
-    void run_row(int32_t lane, size_t r) {
-        const Buffers& b = buffers_;
-        auto& cache = cache_[at(lane)];
-        const int32_t* pages = b.pages.data() + b.indptr[r];
-        const auto slot = [&](int32_t p) { return pages[p / page_size_] * page_size_ + p % page_size_; };
-        const int32_t seq = b.seq[r], start = b.p[at(b.cu[r])];
-        uint64_t seen = kRoot;
-        for (int32_t p = 0; p < start; ++p) { // what the host does not know yet was drawn from the slot before
-            const auto& ids = lane_of(seq, lane).ids;
-            seen = mix(seen, static_cast<uint64_t>(at(p) < ids.size() ? ids[at(p)] : draw(seen, stream_at(seq, p))));
-            EXPECT(cache.at(slot(p)) == seen);
-        }
-        for (int32_t t = b.cu[r]; t < b.cu[r + 1]; ++t) {
-            const int32_t p = b.p[at(t)];
-            EXPECT(p == start + t - b.cu[r] && b.s[at(t)] == slot(p));
-            EXPECT(!pools_[at(lane)].immutable(pages[p / page_size_]));
-            const int32_t token = b.t[at(t)];
-            EXPECT(token >= 0 || token == -1 - seq);
-            seen = mix(seen, static_cast<uint64_t>(token >= 0 ? token : last_[at(lane)].at(seq)));
-            cache[slot(p)] = seen;
-        }
-        EXPECT(b.kv[r] == start + b.cu[r + 1] - b.cu[r]);
-    }
-
-    void land(int32_t lane) {
-        const std::vector<int32_t> drawn = flights_[at(lane)].front();
-        flights_[at(lane)].pop_front();
-        const std::vector<float> logprobs(drawn.size(), -1.0F);
-        apply(scheduler_.commit(lane, drawn.data(), logprobs.data(), static_cast<int32_t>(drawn.size()), 1.0));
-    }
-
-    void check() {
-        scheduler_.check_invariants();
-        for (const auto& [seq, asked] : asked_) {
-            for (int32_t i = 0; i < 2; ++i) {
-                const Lane& lane = lane_of(seq, i);
-                const auto& base = asked.base[at(i)];
-                EXPECT(lane.ids.size() >= base.size() && std::equal(base.begin(), base.end(), lane.ids.begin()));
-                EXPECT(lane.ids.size() == base.size() || asked.lane == i);
-                uint64_t seen = kRoot;
-                for (size_t p = 0; p < lane.ids.size(); ++p) {
-                    const auto position = static_cast<int32_t>(p);
-                    if (p >= base.size()) EXPECT(lane.ids[p] == draw(seen, stream_at(seq, position)));
-                    seen = mix(seen, static_cast<uint64_t>(lane.ids[p]));
-                    if (position >= lane.cached) continue;
-                    const int32_t page = lane.pages[at(position / page_size_)];
-                    EXPECT(cache_[at(i)].at(page * page_size_ + position % page_size_) == seen);
-                }
-            }
-        }
-    }
-
-    std::mt19937_64 random_;
-    int32_t page_size_, depth_;
-    Vocabulary vocabulary_;
-    PagePool pools_[2];
-    Scheduler scheduler_;
-    Buffers buffers_;
-    std::vector<std::map<int32_t, uint64_t>> cache_;
-    std::vector<std::map<int32_t, int32_t>> last_;
-    std::vector<std::deque<std::vector<int32_t>>> flights_;
-    std::map<int32_t, Asked> asked_;
+    void land(int32_t lane) { apply(commit(lane)); }
 };
 
 } // namespace
 
 void fuzz_scheduler(uint64_t seed) {
     Walk(seed).run(600);
+}
+
+std::string met_by_scheduler() {
+    return Walk::met();
 }

@@ -126,3 +126,31 @@ def test_pages_written_before_a_broken_draw_are_never_adopted() -> None:
     assert world.rows(0) == []
     other = writer(world, LONG)
     assert world.rows(0) == [(other, 0, 4)]
+
+
+def test_a_cache_on_the_shelf_is_not_adopted_as_well() -> None:
+    """A row of the same step took the pages of a lane that was about to run ahead; two of them are known by hash."""
+    world = World(Shape(pages=6, page_size=2, shelf=8, fill=(0, 1)))
+    first, second = (world.add([LONG[:1], prompt]) for prompt in (LONG[:4], LONG[1:6]))
+    for seq, lane in ((first, 0), (first, 1), (second, 1)):
+        world.script[seq, lane] = dict.fromkeys(range(40), word("a"))
+    world.write(first, 1)
+    for _ in range(2):
+        world.step(1)
+    world.mirror(first, 1)
+    world.write(first, 0)
+    world.write(second, 1)
+    for _ in range(2):
+        assert world.rows(1)[0][0] == second
+        world.land(1)
+    world.step(0)  # the first lane 1 owes a token from here on
+    assert world.rows(1) == [(second, 6, 1)]
+    world.check()
+    state = world.scheduler.lane_state(first, 1)
+    assert (state["shelved"], state["cached"], len(state["pages"])) == (5, 0, 0)
+    world.land(1)
+    world.finish(second)
+    world.write(first, 1)
+    assert world.rows(1) == [(first, 5, 1)]
+    world.land(1)
+    world.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,12 @@ def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
     for command in (
         [program, "-S", str(ROOT), "-B", str(tmp_path), "-DSPLITDECODE_SANITIZE=ON"],
         [program, "--build", str(tmp_path), "--target", "csrc_fuzz"],
-        [str(tmp_path / "csrc_fuzz"), "1", "100"],
+        [str(tmp_path / "csrc_fuzz"), "1", "200"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for structure in ("page_pool", "scheduler"):
-        assert f"{structure}: 100 seeds" in done.stdout
+        assert f"{structure}: 200 seeds" in done.stdout
+    met = dict(re.findall(r"([a-z ]+) (\d+)", done.stdout.split("scheduler met:")[1]))
+    assert len(met) == 5
+    assert min(int(count) for count in met.values()) > 100, met

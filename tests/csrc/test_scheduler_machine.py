@@ -7,6 +7,7 @@ against a fresh prefill; this file adds what content must be, and that sequences
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -283,15 +284,27 @@ def run_dry(world: World, seqs: set[int], chance: random.Random, ticks: int) -> 
             if not world.flights[lane] or (len(world.flights[lane]) < world.shape.depth and chance.random() < 0.3):
                 continue
             for event in world.land(lane):
-                if event.kind in OVER:
-                    world.finish(event.seq)
+                mark = mark_of(world, event.seq)
+                if event.kind in OVER or world.write(event.seq, chance.randrange(2), Phase.DIRECT, mark=mark):
+                    world.finish(event.seq)  # its text ended, or the lane that should write on is full
                     seqs.discard(event.seq)
-                else:
-                    world.write(event.seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, event.seq))
         world.check()
         if not seqs:
             return
     raise AssertionError(f"{sorted(seqs)} are still running after {ticks} ticks")
+
+
+def write_six(world: World, chance: random.Random, *lengths: int) -> None:
+    """Six sequences that write so many tokens each, to their end."""
+    seqs = set()
+    for _ in range(6):
+        seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice(lengths))
+        seqs.add(seq)
+        world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
+        if chance.random() < 0.5:
+            world.mirror(seq, chance.randrange(2))
+    run_dry(world, seqs, chance, 4000)
+    world.drain()
 
 
 def mark_of(world: World, seq: int) -> int:
@@ -308,15 +321,25 @@ def test_every_sequence_ends_in_pools_that_hold_barely_one(seed: int) -> None:
     shape = replace(shape, patience=chance.choice([0.0, 1.0, 5.0]), fill=chance.choice([(0, 1 << 30), (4, 2)]))
     shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, tokens=chance.choice([1, 3, 9]), max_seqs=5)
     world = World(shape)
-    seqs = set()
-    for _ in range(6):
-        seq = world.add([chance.choice(PROMPTS), chance.choice(PROMPTS)], max_tokens=chance.choice([4, 12]))
-        seqs.add(seq)
-        world.write(seq, chance.randrange(2), Phase.DIRECT, mark=mark_of(world, seq))
-        if chance.random() < 0.5:
-            world.mirror(seq, chance.randrange(2))
-    run_dry(world, seqs, chance, 4000)
-    world.drain()
+    write_six(world, chance, 4, 12)
+
+
+def test_caches_that_left_a_shared_memory_come_back_whole() -> None:
+    """More sequences than fit with both their caches, and the pen goes to and fro: World holds what comes back from a
+    shelf against a fresh prefill."""
+    met: Counter[tuple[str, str]] = Counter()
+    for seed in range(40):
+        chance = random.Random(seed)
+        size = chance.choice([1, 2, 4])
+        pages = -(-MAX_LEN // size)
+        shape = Shape(page_size=size, pages=pages, max_len=MAX_LEN, end_ids=(), tokens=chance.choice([3, 9, 64]))
+        shape = replace(shape, extent=chance.choice([1, 2, 3]), shelf=chance.choice([pages, 99]))
+        shape = replace(shape, spare_extents=chance.randrange(pages), fill=chance.choice([(0, 1 << 30), (2, 2)]))
+        shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, max_seqs=5)
+        world = World(shape)
+        write_six(world, chance, 9, 18)
+        met += world.memory.met
+    assert min(met["put", "planned"], met["taken", "planned"], met["put", "other"]) > 100
 
 
 def test_a_crossing_is_resolved_by_preemption() -> None:
@@ -336,7 +359,7 @@ def test_the_twin_notices_a_stolen_page() -> None:
     seq = world.add([encode(b"ababab"), [word("a")]])
     world.write(seq, 0)
     world.step(0)
-    world.cache[0][int(world.scheduler.lane_state(seq, 0)["pages"][0]) * 4 + 1] ^= 1
+    world.memory.write(0, int(world.scheduler.lane_state(seq, 0)["pages"][0]) * 4 + 1, 7)
     with pytest.raises(AssertionError):
         world.check()
     with pytest.raises(AssertionError, match="context slot"):

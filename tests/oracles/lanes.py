@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from oracles.memory import Memory
 
-from splitdecode._C import Arena, Event, PagePool, Phase, Scheduler, Vocabulary
+from splitdecode._C import Event, Phase, Scheduler, Vocabulary
 
 TAGS = ["<x>", "</x>"]
 # Ids 1..8 are the single bytes any residue can be written in; 0 ends, 21 is special, 22 is without text.
@@ -118,25 +119,24 @@ class Shape:
 
 
 class World:
-    """Two lanes, their pools and shadow caches, one Scheduler."""
+    """Two lanes, their shadow caches, one Scheduler."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.pools, self.arena = _pools(shape)
-        self.shelves = [PagePool(max(shape.shelf, 1), shape.page_size, False) for _ in range(2)]
+        self.memory = Memory(shape.pages, shape.page_size, shape.caching, extent=shape.extent,
+                             spare_extents=shape.spare_extents, shelf=shape.shelf)  # fmt: skip
+        self.pools = self.memory.pools
         lanes = tuple(
-            (pool, vocabulary(), shape.max_len, list(shape.end_ids), *([shelf] if shape.shelf else []))
-            for pool, shelf in zip(self.pools, self.shelves, strict=True)
+            (pool, vocabulary(), shape.max_len, list(shape.end_ids), shelf)
+            for pool, shelf in zip(self.pools, self.memory.shelves, strict=True)
         )
         self.scheduler = Scheduler(lanes, TAGS, shape.max_seqs, shape.depth)
-        if self.arena is not None:
-            self.scheduler.share(self.arena)
+        if self.memory.arena is not None:
+            self.scheduler.share(self.memory.arena)
         self.scheduler.pace(shape.patience, 50.0)
         for lane in range(2):
             self.scheduler.fill(lane, *shape.fill)
         self.now = 0.0
-        self.cache: list[dict[int, int]] = [{}, {}]
-        self.kept: list[dict[int, int]] = [{}, {}]  # the shelves
         self.mirrored: dict[int, int] = {}
         self.last: list[dict[int, int]] = [{}, {}]  # the device's table of last sampled ids
         self.flights: list[deque[Step]] = [deque(), deque()]
@@ -241,7 +241,7 @@ class World:
         self.now += 1.0
         counts = self.scheduler.plan(lane, *self.buffers, steps=self.shape.steps, now=self.now)
         tokens, rows, pages, logits, steps = counts
-        self._transfer(lane)
+        self.memory.transfer(self.scheduler, lane)
         if rows == 0:
             assert (tokens, pages, logits, steps) == (0, 0, 0, 1)
             return None
@@ -265,7 +265,7 @@ class World:
         for index, seq, *key, flags in step.logits:
             assert seq == owner[index]
             assert tuple(key) == self.key(seq, lane, position[index] + 1)
-            step.samples.append(self.draw(seq, lane, position[index] + 1, self.cache[lane][slot[index]], (*key,)))
+            step.samples.append(self.draw(seq, lane, position[index] + 1, self._seen(lane, slot[index]), (*key,)))
             if flags & 2:
                 self.last[lane][seq] = step.samples[-1]
             if steps > 1:
@@ -274,27 +274,17 @@ class World:
         self.flights[lane].append(step)
         return step
 
-    def _transfer(self, lane: int) -> None:
-        size = self.shape.page_size
-        for page, kept, out in self.scheduler.take_transfers(lane).reshape(-1, 3).tolist():
-            for n in range(size):
-                here, there = page * size + n, kept * size + n
-                if out:
-                    self.kept[lane][there] = self.cache[lane].get(here, 0)
-                else:
-                    assert not self.pools[lane].immutable(page)
-                    self.cache[lane][here] = self.kept[lane][there]
-
     def _run_on(self, lane: int, row: Row, steps: int, key: tuple[int, int, int], samples: list[int]) -> None:
         """Further steps of a row that decodes: its own samples go in, whatever they were."""
-        (position,), size, cache = row.positions, self.shape.page_size, self.cache[lane]
+        (position,), size = row.positions, self.shape.page_size
         for p in range(position + 1, position + steps):
             here, before = (row.pages[n // size] * size + n % size for n in (p, p - 1))
             assert not self.pools[lane].immutable(row.pages[p // size])
-            cache[here] = mix(cache[before], samples[-1])
+            seen = mix(self._seen(lane, before), samples[-1])
+            self.memory.write(lane, here, seen)
             drawn = (key[0] + p - position, *key[1:])
             assert drawn == self.key(row.seq, lane, p + 1)
-            samples.append(self.draw(row.seq, lane, p + 1, cache[here], drawn))
+            samples.append(self.draw(row.seq, lane, p + 1, seen, drawn))
             self.last[lane][row.seq] = samples[-1]
 
     def _run(self, lane: int, row: Row, slots: list[int], steps: int) -> None:
@@ -303,16 +293,23 @@ class World:
         assert steps == 1 or start + 1 == end
         assert len(row.pages) == -(-(end + steps - 1) // size)
         ids = self.foreseen(row.seq, lane, end)
-        truth, cache = hashes(ids), self.cache[lane]
+        truth = hashes(ids)
         at = [row.pages[p // size] * size + p % size for p in range(end)]
-        assert [cache.get(s) for s in at[:start]] == truth[:start], "a context slot does not hold the lane's prefix"
+        assert [self.memory.read(lane, s) for s in at[:start]] == truth[:start], (
+            "a context slot does not hold the lane's prefix"
+        )
         assert slots == at[start:]
         for token, p in zip(row.tokens, row.positions, strict=True):
             assert token >= 0 or token == -1 - row.seq
             resolved = token if token >= 0 else self.last[lane][row.seq]
             assert resolved == ids[p]
             assert not self.pools[lane].immutable(row.pages[p // size])
-            cache[at[p]] = mix(cache[at[p - 1]] if p else ROOT, resolved)
+            self.memory.write(lane, at[p], mix(self._seen(lane, at[p - 1]) if p else ROOT, resolved))
+
+    def _seen(self, lane: int, slot: int) -> int:
+        seen = self.memory.read(lane, slot)
+        assert seen is not None
+        return seen
 
     def _wanted(self, lane: int, row: Row) -> list[int]:
         """Tokens of the row behind which an id is drawn."""
@@ -362,7 +359,7 @@ class World:
                 for p in range(len(known), len(ids)):
                     assert ids[p] == self.draw(seq, lane, p, seen[p - 1], self.key(seq, lane, p))
                 state = self.scheduler.lane_state(seq, lane)
-                held = [self.cache[lane].get(int(state["pages"][p // size]) * size + p % size)
+                held = [self.memory.read(lane, int(state["pages"][p // size]) * size + p % size)
                         for p in range(state["cached"])]  # fmt: skip
                 assert held == seen[: state["cached"]]
 
@@ -374,19 +371,8 @@ class World:
             while self.flights[lane]:
                 assert self.land(lane) == []
         self.scheduler.check_invariants()
-        assert [pool.in_use for pool in (*self.pools, *self.shelves)] == [0] * 4
+        assert not any(pool.in_use for pool in (*self.pools, *self.memory.shelves) if pool is not None)
         assert self.scheduler.unfinished == 0
-
-
-def _pools(shape: Shape) -> tuple[list[PagePool], Arena | None]:
-    """Two pools of their own, or two that share one memory with room for one sequence in both."""
-    if not shape.extent:
-        return [PagePool(shape.pages, shape.page_size, shape.caching) for _ in range(2)], None
-    each = -(-shape.pages // shape.extent)
-    extents = 2 * each + shape.spare_extents
-    sizes = (extents * shape.extent, shape.page_size, shape.caching, shape.extent)
-    pools = [PagePool(*sizes, shape.extent), PagePool(*sizes, 3 * shape.extent + 1)]
-    return pools, Arena((pools[0], pools[1]), [each, each])
 
 
 def visible(ids: Sequence[int], *, open_ends: bool) -> tuple[bytes, bytes, bool]:
