@@ -114,11 +114,11 @@ def test_what_went_to_the_shelf_in_this_very_plan_is_not_looked_up_as_a_prefix()
         world.check()
         world.step(0)
     assert world.scheduler.idle_evictions == 1
-    assert [shelf.in_use for shelf in world.shelves] == [0, 3]
+    assert [shelf.in_use for shelf in world.memory.shelves] == [0, 3]
     world.finish(old)
     world.write(young, 1)
     while world.scheduler.phase(young) == Phase.DIRECT:
         world.step(1)
         world.check()
-    assert world.shelves[1].in_use == 0
+    assert world.memory.shelves[1].in_use == 0
     world.drain()

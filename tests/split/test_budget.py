@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.clocks import steady
 from oracles.openings import IDS, IN, OPEN, OUT, ids, pair, run, three_openings
 
 from splitdecode import ForcedSpans, LargeOnly, SamplingParams, SmallOnly, SplitDecoder
@@ -92,7 +93,7 @@ def by_position() -> SplitDecoder:
     decoder, models = pair(read_interval=2)
     models.small.says(3, ids(*"abcabcabcabcabcabcab"))
     models.large.says(3, ids(*"T" * 30))
-    return decoder
+    return steady(decoder)
 
 
 @pytest.mark.parametrize("along", [False, True])

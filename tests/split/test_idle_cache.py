@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from oracles.clocks import steady
 from oracles.worlds import World, make_decoder, make_worlds
 
 from splitdecode import ForcedSpans, SamplingParams
@@ -41,7 +42,7 @@ class Ran:
 
 
 def run(world: World, pages: int, tags: bool = True, **engine: Any) -> Ran:
-    decoder = make_decoder(world, ENGINE | {"weight_bound_tokens": 0} | engine, pages=pages)
+    decoder = steady(make_decoder(world, ENGINE | {"weight_bound_tokens": 0} | engine, pages=pages))
     moved = [0, 0]
     for runner in decoder.engine.runners:
         shelf = runner.cache.shelf
