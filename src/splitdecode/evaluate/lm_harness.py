@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -71,8 +72,8 @@ class SplitDecodeLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.row = _row(policy)
-        if device is not None:
-            options["device"] = device
+        if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
+            options["device"] = device  # lm-eval's own default is "cuda:0", also where there is none
         self.decoder = decoder or PairSource(small, large, options=options).decoder(self.row)
         self.rate = None if p is None else Rate(p, chunk)
         own = _scoring_role(policy)
@@ -199,7 +200,7 @@ class SplitDecodeLM(TemplateLM):
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
-    """lm-eval's index of tasks, with those of the folder `include`. Raises RequestError for a name that is not in it."""
+    """lm-eval's index of tasks, those of the folder `include` too. Raises RequestError for a name that is not in it."""
     if include is not None and not include.is_dir():
         raise RequestError(f"--include-path: found no folder {include}")
     manager = TaskManager(include_path=None if include is None else str(include))
