@@ -169,7 +169,7 @@ def _generate(
     row: Row,
     items: Sequence[Item],
     params: Sequence[SamplingParams],
-    policies: Sequence[HandoffPolicy],
+    policies: list[HandoffPolicy],
     salt: str,
     *,
     use_tqdm: bool,
