@@ -67,8 +67,8 @@ def _panel(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], key:
     for row, (x, y) in zip(rows, points, strict=True):
         number = names.index(row["policy"])
         bounds = [[y - 100 * row["accuracy"]["low"]], [100 * row["accuracy"]["high"] - y]]
-        axes.errorbar([x], [y], yerr=bounds, fmt="os^Dv<>PX*"[number % 10], capsize=3, color=f"C{number % 10}", mfc="none",
-                      label=row["policy"])  # fmt: skip
+        mark, colour = "os^Dv<>PX*"[number % 10], f"C{number % 10}"
+        axes.errorbar([x], [y], yerr=bounds, fmt=mark, mfc="none", capsize=3, color=colour, label=row["policy"])
     best = [points[index] for index in front(points)]
     axes.step([x for x, _ in best], [y for _, y in best], where="post", color="0.7", linewidth=1, zorder=0)
     axes.set_ylim(-4, 104)

@@ -11,9 +11,9 @@ from splitdecode.split.roles import Role
 LEGEND = (
     "Accuracy: 95 % intervals, Wilson's for one answer a question, else a bootstrap over questions. Offload: the large "
     "model's share of all tokens. Spans: runs of its tokens in an answer. ms: of both models, each step shared out by "
-    "tokens among the answers it served (the host's own work is not in it); wall: of the whole run over its answers. "
-    "P, R, F1, IoU, kappa: characters the large model wrote against labelled ones; hit: labelled spans of which it "
-    'wrote at least half. "-": not defined.',
+    "tokens among the answers it served (the host's own work is not in it); CPU, wall: of the whole run, over its "
+    "answers. P, R, F1, IoU, kappa: characters the large model wrote against labelled ones; hit: labelled spans of "
+    'which it wrote at least half. "-": not defined.',
 )
 
 
@@ -57,7 +57,7 @@ def _cell(cell: dict[str, Any]) -> str:
 def _task(document: dict[str, Any], task: str) -> list[str]:
     rows = [row for row in document["rows"] if row["task"] == task]
     out = _head(["policy", "accuracy %", "offload %", "spans", "tokens small / large", "ms per answer", "ms per token",
-                 "wall ms", "truncated"])  # fmt: skip
+                 "CPU ms", "wall ms", "truncated"])  # fmt: skip
     out += [_line(_row(row)) for row in rows]
     if labelled := [row for row in rows if row["decisions"]]:
         out += ["", *_head(["hand-offs", "P", "R", "F1", "IoU", "kappa", "hit", "spans labelled / handed"])]
@@ -85,6 +85,7 @@ def _row(row: dict[str, Any]) -> list[str]:
         f"{tokens[str(Role.SMALL)]:.1f} / {tokens[str(Role.LARGE)]:.1f}",
         f"{row['ms_per_answer']:.2f}",
         f"{row['ms_per_token']:.4f}",
+        f"{row['cpu_ms_per_answer']:.2f}",
         f"{row['wall_ms_per_answer']:.2f}",
         f"{100 * truncated:.1f} %",
     ]
