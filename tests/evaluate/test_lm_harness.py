@@ -222,6 +222,7 @@ def test_a_local_task_from_our_command(folder: Path, tmp_path: Path) -> None:
         assert rows["splitdecode_choices", policy]["metrics"]["acc,none"] == 1
     assert rows["splitdecode_boxes", "split"]["offload"] == pytest.approx(8 / 166)
     assert 0 <= rows["splitdecode_boxes", "random"]["offload"] < 0.3
+    assert rows["splitdecode_choices", "split"]["offload"] is None  # a likelihood hands nothing over
     assert "| splitdecode_boxes | split | exact_match,box 1" in (tmp_path / "results.md").read_text("utf-8")
     assert not (tmp_path / "pareto.png").exists()
 

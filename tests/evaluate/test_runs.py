@@ -51,7 +51,7 @@ def test_random_runs_last_at_the_rate_of_the_split_row(outcomes: dict[str, Outco
     assert random.rate == split.measured_rate
     assert 0 < random.measured_rate.share < 0.15
     assert outcomes["large"].measured_rate.share == 1
-    assert outcomes["small"].measured_rate == Rate(0, 1)
+    assert outcomes["small"].measured_rate == Rate(0, 32)
     assert all(outcomes[name].rate is None for name in outcomes if name != "random")
 
 

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", action="append", default=[], metavar="NAME=FILE", help="questions as JSON lines")
     what.add_argument("--scorer", help="of --data: integer, math or aime (default: the known data set's, else math)")
     what.add_argument("--include-path", type=Path, help="a folder with task files of lm-eval")
+    what.add_argument("--num-fewshot", type=int, help="worked examples before a question of lm-eval")
+    what.add_argument("--apply-chat-template", action="store_true", help="questions of lm-eval as chats")
     what.add_argument("--n", type=int, help="questions per task (default: 100 of a family, else all)")
     what.add_argument("--samples", type=int, default=1, help="answers per question (default 1)")
     what.add_argument("--seed", type=int, default=0, help="which problems, which draws (default 0)")
@@ -107,7 +109,8 @@ def main(args: argparse.Namespace) -> int:
             if args.log_samples:
                 _log(args.output_dir / "answers.jsonl", outcome)
     if harness is not None:
-        for found in _lm_eval(args, partial(harness.evaluate, others, manager=manager), rows, source, settings):
+        shape = {"manager": manager, "fewshot": args.num_fewshot, "chat": args.apply_chat_template, "limit": args.n}
+        for found in _lm_eval(args, partial(harness.evaluate, **shape), others, rows, source, settings):
             document["lm_eval"] += found
             _write(args, document)
     if args.output_dir and not args.no_plot and document["rows"]:
@@ -188,25 +191,27 @@ def _names(text: str | None) -> list[str]:
 def _lm_eval(
     args: argparse.Namespace,
     evaluate: Callable[..., tuple[list[dict[str, Any]], list[RequestMetrics]]],
+    names: Sequence[str],
     rows: Sequence[Row],
     source: PairSource,
     settings: Settings,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Each row's figures on lm-eval's tasks; what an answer cost is a mean over all of them."""
-    rate = settings.rate
-    for row in random_last(rows):
-        options = {"score_with": args.score_with, "think_end_token": args.think_end, "seed": settings.seed}
-        if rate is not None:
-            options |= {"p": rate.share, "chunk": rate.chunk}
-        found, metrics = evaluate(row, source.decoder(row), limit=args.n, **options)
-        if row.kind == "split" and rate is None:
-            rate = rate_of(metrics, sum(m.handoffs for m in metrics))
-        tokens = sum(m.tokens for m in metrics)
-        cost = {
-            "offload": sum(m.large.tokens for m in metrics) / tokens if tokens else None,
-            "ms_per_answer": sum(m.small.ms + m.large.ms for m in metrics) / len(metrics) if metrics else None,
-        }
-        yield [{**one, **cost} for one in found]
+    """Each row's figures on each of lm-eval's tasks, and what an answer cost; of likelihoods no cost is known."""
+    for name in names:
+        rate = settings.rate
+        for row in random_last(rows):
+            options = {"score_with": args.score_with, "think_end_token": args.think_end, "seed": settings.seed}
+            if rate is not None:
+                options |= {"p": rate.share, "chunk": rate.chunk}
+            found, metrics = evaluate(name, row, source.decoder(row), **options)
+            if row.kind == "split" and rate is None:
+                rate = rate_of(metrics, sum(m.handoffs for m in metrics))
+            tokens = sum(m.tokens for m in metrics)
+            cost = {
+                "offload": sum(m.large.tokens for m in metrics) / tokens if tokens else None,
+                "ms_per_answer": sum(m.small.ms + m.large.ms for m in metrics) / len(metrics) if metrics else None,
+            }
+            yield [{**one, **cost} for one in found]
 
 
 def _document(args: argparse.Namespace, source: PairSource) -> dict[str, Any]:

@@ -212,14 +212,31 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
 
 
 def evaluate(
-    names: Sequence[str], row: Row, decoder: SplitDecoder, *, manager: TaskManager, limit: int | None, **options: Any
+    name: str,
+    row: Row,
+    decoder: SplitDecoder,
+    *,
+    manager: TaskManager,
+    fewshot: int | None,
+    chat: bool,
+    limit: int | None,
+    **options: Any,
 ) -> tuple[list[dict[str, Any]], list[RequestMetrics]]:
-    """lm-eval's own figures for some of its tasks under one policy, and what the answers cost.
+    """lm-eval's own figures for one of its tasks or groups under one policy, and what the answers cost.
 
-    limit: questions per task; options: SplitDecodeLM's.
+    fewshot: worked examples before a question, None: the task's own; chat: questions in chat templates; limit:
+    questions per task; options: SplitDecodeLM's.
     """
     model = SplitDecodeLM(policy=row.name, decoder=decoder, **options)
-    found = simple_evaluate(model=model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
+    found = simple_evaluate(
+        model=model,
+        tasks=[name],
+        task_manager=manager,
+        num_fewshot=fewshot,
+        apply_chat_template=chat,
+        limit=limit,
+        log_samples=False,
+    )
     rows = []
     for task, results in found["results"].items():
         numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}

@@ -24,6 +24,7 @@ from splitdecode.split.prompts import Prompt
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import HINT
 
+NO_SPAN = 32  # tokens per chunk where nothing was handed over: never drawn, and each chunk costs a mark
 WARM_UP_TOKENS = 256  # per answer: steps of every size have run once, whatever the task's own limit
 
 
@@ -147,9 +148,9 @@ def run_row(task: Task, row: Row, decoder: SplitDecoder, settings: Settings, rat
 
 
 def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:
-    """The large model's share of all tokens, and the mean length of its `spans` spans."""
+    """The large model's share of all tokens, and the mean length of its `spans` spans; of none, NO_SPAN."""
     tokens, large = sum(m.tokens for m in metrics), sum(m.large.tokens for m in metrics)
-    return Rate(large / tokens if tokens else 0.0, max(1, round(large / spans)) if spans else 1)
+    return Rate(large / tokens if tokens else 0.0, max(1, round(large / spans)) if spans else NO_SPAN)
 
 
 def prompts_of(decoder: SplitDecoder, task: Task, item: Item, hint: bool) -> Pair[str]:
