@@ -165,7 +165,7 @@ class SplitDecoder:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        handoff: HandoffPolicy | None = None,
+        handoff: HandoffPolicy | list[HandoffPolicy] | None = None,
         large_prompt: Prompt | Sequence[Prompt] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -174,7 +174,7 @@ class SplitDecoder:
         prompts: a str, a list of token ids, {"prompt": str}, {"prompt_token_ids": ids}, or a list of these. Both models
         see the same text, unless large_prompt says what the large one sees. A mapping may carry "cache_salt": requests
         share cached prefixes only under equal salts. sampling_params: one for all or one each;
-        None: the small checkpoint's generation_config. handoff: ControlTags() by default.
+        None: the small checkpoint's generation_config. handoff: one for all or a list; ControlTags() by default.
         Raises RequestError before anything runs when a prompt or parameter cannot be served.
         """
         wanted = as_prompts(prompts)
@@ -182,7 +182,10 @@ class SplitDecoder:
         if len(others) != len(wanted):
             raise RequestError(f"large_prompt: found {len(others)} prompts, expected {len(wanted)}")
         params = self._params(sampling_params, len(wanted))
-        made = [self._request(p, o, s, handoff) for p, o, s in zip(wanted, others, params, strict=True)]
+        policies = handoff if isinstance(handoff, list) else [handoff] * len(wanted)
+        if len(policies) != len(wanted):
+            raise RequestError(f"handoff: found {len(policies)} for {len(wanted)} prompts, expected one each")
+        made = [self._request(*one) for one in zip(wanted, others, params, policies, strict=True)]
         ids = [self._queue(choices, None) for choices in made]
         try:
             self._run(ids, use_tqdm)

@@ -28,6 +28,9 @@ TORCH_RANGE = ((2, 9), (2, 14))  # pyproject.toml; the upper end is excluded
 EXTRAS = {
     "transformers": ("compare", "comparing against Hugging Face models"),
     "matplotlib": ("plot", "drawing plots"),
+    "math_verify": ("eval", "scoring mathematics"),
+    "lm_eval": ("eval", "tasks of lm-evaluation-harness"),
+    "datasets": ("eval", "data sets of the hub"),
     "pytest": ("test", "running the tests"),
     "hypothesis": ("test", "running the property tests"),
     "cmake": ("test", "building the extension from source and its sanitizer tests"),
