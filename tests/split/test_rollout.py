@@ -12,7 +12,7 @@ from oracles.scripted import Stage, ids
 from oracles.worlds import World, make_decoder, make_worlds, random_engine
 
 from splitdecode import ForcedSpans, SamplingParams, SplitDecoder
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import HandoffPolicy
 from splitdecode.split.roles import Role
