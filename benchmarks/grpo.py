@@ -1,0 +1,243 @@
+"""GRPO with true offloading on the embedded pair: does a small model that hands over too much learn to hand over less?
+
+    PYTHONPATH=src python benchmarks/grpo.py --seeds 1,2 --rewards modelled,measured,coverage
+
+Two stages, both from the embedded small-base, both in this process and on one thread:
+
+    over-tagging   supervised: tags around every product, and around sums, results and boxes with probability 0.6
+    GRPO           accuracy + --weight times a latency term; the large model writes in the rollouts
+
+The latency term is, per answer and over what the large model alone would cost: modelled = steps of each model at the
+cost of its calls in this process, measured once; measured = the models' milliseconds as they were; coverage = the
+published shaping, of the share of characters inside tags (it likes 40 %).
+
+Before and after: --n held-out problems, greedy. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import finish, machine, show_table, use_threads
+from torch import Tensor
+
+import splitdecode
+from splitdecode import RequestOutput, SamplingParams, SplitDecoder
+from splitdecode.families import Problem, boxed, problems, stream, tagged
+from splitdecode.split.roles import Role
+from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
+from splitdecode.train.grpo import Rollouts, make_trainer
+
+PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
+_MORE = re.compile(r"((?:^sum |^left |\\boxed\{))(\d+)", re.MULTILINE)
+
+
+def overtagged(problem: Problem, rng: random.Random, share: float = 0.6) -> str:
+    """The tagged trace, with further numbers inside tags."""
+
+    def put(found: re.Match[str]) -> str:
+        return f"{found[1]}{OPEN_TAG}{found[2]}{CLOSE_TAG}" if rng.random() < share else found[0]
+
+    return _MORE.sub(put, tagged(problem))
+
+
+def teach(decoder: SplitDecoder, seconds: float, rows: int, seed: int) -> Any:
+    """A transformers model, small-base taught to tag too much. seconds: of CPU time; rows: traces of a step."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(PAIR / "small-base", dtype=torch.float32).train()
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    kept = {id(p) for p in hidden}
+    optimizers = [
+        torch.optim.Muon(hidden, lr=0.01),
+        torch.optim.AdamW([p for p in model.parameters() if id(p) not in kept], lr=1.5e-3, betas=(0.9, 0.98)),
+    ]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    rng, source = random.Random(seed), stream(seed, part="train")
+    began = time.process_time()
+    while (done := (time.process_time() - began) / seconds) < 1:
+        scale = min(done / 0.03, 1.0) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = scale * rates[optimizers.index(optimizer)]
+        ids, labels = batch(decoder, [(p.prompt, overtagged(p, rng)) for p in islice(source, rows)])
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def batch(decoder: SplitDecoder, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """ids and labels [B, T] of (prompt, completion); labels of prompts and padding are -100."""
+    encode = decoder.tokenizers[Role.SMALL].encode
+    rows = [(encode(prompt), [*encode(text), decoder.tokenizers[Role.SMALL].eos_id or 0]) for prompt, text in texts]
+    longest = max(len(a) + len(b) for a, b in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, text) in enumerate(rows):
+        ids[row, : len(prompt) + len(text)] = torch.tensor(prompt + text)
+        labels[row, len(prompt) : len(prompt) + len(text)] = torch.tensor(text)
+    return ids, labels
+
+
+def evaluate(decoder: SplitDecoder, tasks: Sequence[Problem]) -> dict[str, float]:
+    """Greedy: share of right answers, of tokens by the large model, spans an answer."""
+    params = SamplingParams(temperature=0.0, max_tokens=260)
+    outputs = decoder.generate([task.prompt for task in tasks], params)
+    count = len(tasks)
+    tokens = sum(o.metrics.tokens for o in outputs)
+    return {
+        "accuracy": sum(map(right, outputs, tasks)) / count,
+        "offload_fraction": sum(o.metrics.large.tokens for o in outputs) / tokens,
+        "spans": sum(o.metrics.handoffs for o in outputs) / count,
+    }
+
+
+def right(output: RequestOutput, problem: Problem) -> float:
+    """1 for the right number in the last box."""
+    return float(boxed(output.outputs[0].text) == problem.answer)
+
+
+def latency_terms(decoder: SplitDecoder) -> dict[str, Callable[[RequestOutput, Problem], float]]:
+    """The three, each over what the large model alone would cost for a mean answer."""
+    tasks = problems(16, 99)
+    cost = {}
+    for role in Role:
+        decoder.engine.runners[role].cache.pool.clear_cache()
+    outputs = decoder.generate([task.prompt for task in tasks], SamplingParams(temperature=0.0, max_tokens=260))
+    for role in Role:
+        work = [output.metrics.models[role] for output in outputs]
+        cost[role] = sum(w.write_ms for w in work) / sum(w.writes for w in work)
+    alone = cost[Role.LARGE] * 150
+
+    def modelled(output: RequestOutput, problem: Problem) -> float:
+        return -sum(cost[role] * output.metrics.models[role].forwards for role in Role) / alone
+
+    def measured(output: RequestOutput, problem: Problem) -> float:
+        return -sum(one.ms for one in output.metrics.models) / alone
+
+    def coverage(output: RequestOutput, problem: Problem) -> float:
+        text = output.outputs[0].raw_text
+        inside = sum(len(found[1]) for found in re.finditer(f"{OPEN_TAG}(.*?){CLOSE_TAG}", text, re.DOTALL))
+        share = inside / len(text) if text else 0.0
+        return share / 0.4 if share < 0.4 else 1 - 2 * (share - 0.4) / 0.6
+
+    return {"modelled": modelled, "measured": measured, "coverage": coverage}
+
+
+def reinforce(decoder: SplitDecoder, state: dict[str, Tensor], name: str, seed: int, args: argparse.Namespace) -> Any:
+    """Runs GRPO from `state`; returns the rollouts' figures, step by step."""
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    policy = Qwen2ForCausalLM.from_pretrained(PAIR / "small-base", dtype=torch.float32)
+    policy.load_state_dict(state)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(PAIR / "small" / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    decoder.update_weights(state)
+    terms = latency_terms(decoder)
+    rollouts = Rollouts(
+        decoder,
+        {problem.prompt: problem for problem in problems(args.steps * args.prompts, 1000 + seed, part="train")},
+        {"accuracy": right, "latency": terms[name]},
+        SamplingParams(temperature=1.0, max_tokens=260, seed=100_000 * seed),
+        weights={"latency": args.weight},
+    )
+    size = args.prompts * args.generations
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            policy, tokenizer, rollouts, num_generations=args.generations, per_device_train_batch_size=size,
+            max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="constant", use_cpu=True, bf16=False,
+            output_dir=folder, disable_tqdm=True, logging_steps=10**6, seed=seed, scale_rewards="none",
+        )  # fmt: skip
+        trainer.train()
+    decoder.update_weights(policy.state_dict())
+    return rollouts.steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; `argv` without the program's name."""
+    args = arguments().parse_args(argv)
+    use_threads(1)
+    warnings.simplefilter("ignore")  # transformers warns of names that TRL still uses
+    torch.manual_seed(0)
+    decoder = SplitDecoder.demo(max_num_seqs=128)
+    tasks = problems(args.n, 4242, part="held-out")
+    runs = []
+    for seed in map(int, args.seeds.split(",")):
+        torch.manual_seed(seed)
+        state = {k: v.detach().clone() for k, v in teach(decoder, args.sft_seconds, 24, seed).state_dict().items()}
+        decoder.update_weights(state)
+        before = evaluate(decoder, tasks)
+        for name in args.rewards.split(","):
+            began = time.process_time()
+            steps = reinforce(decoder, state, name, seed, args)
+            after = evaluate(decoder, tasks)
+            took = time.process_time() - began
+            runs.append({"seed": seed, "reward": name, "before": before, "after": after, "steps": steps, "cpu_s": took})
+            print(f"seed {seed}, {name}: {before} -> {after}, {took:.0f} s", flush=True)
+    show(runs)
+    finish({"benchmark": "grpo", "machine": machine(), "settings": vars_of(args), "runs": runs}, args.output_json)
+    return 0
+
+
+def vars_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings, for the document."""
+    return {name: value for name, value in vars(args).items() if name != "output_json"}
+
+
+def show(runs: Sequence[dict[str, Any]]) -> None:
+    """A table for people."""
+
+    def rows() -> Iterator[list[str]]:
+        for run in runs:
+            one, other = run["before"], run["after"]
+            cut = 1 - other["offload_fraction"] / one["offload_fraction"]
+            yield [
+                f"{run['seed']}",
+                run["reward"],
+                f"{100 * one['accuracy']:.1f} -> {100 * other['accuracy']:.1f}",
+                f"{100 * one['offload_fraction']:.2f} -> {100 * other['offload_fraction']:.2f}",
+                f"{100 * cut:.0f} %",
+                f"{one['spans']:.2f} -> {other['spans']:.2f}",
+                f"{run['cpu_s']:.0f}",
+            ]
+
+    head = ["seed", "latency term", "right %", "offloaded %", "cut", "spans", "CPU s"]
+    show_table("GRPO from a small model that tags too much", head, list(rows()))
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seeds", default="1,2", help="default %(default)s")
+    add("--rewards", default="modelled,measured,coverage", help="default %(default)s")
+    add("--steps", type=int, default=40, help="optimiser steps of GRPO (40)")
+    add("--prompts", type=int, default=12, help="prompts of a step (12)")
+    add("--generations", type=int, default=8, help="answers to a prompt (8)")
+    add("--lr", type=float, default=3e-4, help="of AdamW (3e-4)")
+    add("--weight", type=float, default=1.0, help="of the latency term (1)")
+    add("--sft-seconds", type=float, default=150.0, help="CPU time of the supervised stage (150)")
+    add("--n", type=int, default=200, help="held-out problems (200)")
+    add("--output-json", type=Path, help="also write the document here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
