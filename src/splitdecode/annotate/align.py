@@ -2,8 +2,8 @@
 
     verbatim    text.find
     nearly      rapidfuzz proposes the window most like the snippet (ratio >= 0.5); below 0.95 both ends move to the
-                word boundaries that make it most alike; it is accepted only where a verbatim run of the snippet
-                confirms it
+                word boundaries that make it most alike; it is accepted only where verbatim runs of the snippet
+                confirm it
 
 The result is always a range of the trace's own text, never the snippet's. The confirmation matters: by chance alone a
 window of English is 0.5 alike to any English sentence, so an invented snippet would find a place.
@@ -22,8 +22,8 @@ from splitdecode.errors import MissingExtraError
 MIN_RATIO = 0.5
 REFINE_BELOW = 0.95
 MIN_CHARACTERS = 8  # what is shorter stands in too many places to mean one
-ANCHOR_SHARE = 0.25  # of the snippet, white space aside, must stand in the window in one piece
-ANCHOR = 10  # characters of such a piece, at least; or the whole snippet
+RUN = 8  # characters of a verbatim run, white space aside; half a snippet where that is less
+ANCHORED = 0.25  # of the snippet must stand in the window in such runs
 _BOUNDARY = re.compile(r"(?<=\S)(?=\s)|(?<=\s)(?=\S)")
 _SPACE = re.compile(r"\s+")
 # "\frac" in an answer whose writer forgot to double the backslash reads as a form feed and "rac".
@@ -35,15 +35,15 @@ _LETTERS = {"\b": "\\b", "\f": "\\f", "\t": "\\t", "\r": "\\r"}
 class Match:
     """text[start:stop] is where a snippet stands.
 
-    ratio   Indel similarity of the two, 0 to 1         exact    the snippet stood there verbatim
-    anchor  characters of their longest common run, white space aside
+    ratio     Indel similarity of the two, 0 to 1       exact    the snippet stood there verbatim
+    anchored  share of the snippet, white space aside, that stands there in verbatim runs
     """
 
     start: int
     stop: int
     ratio: float
     exact: bool
-    anchor: int
+    anchored: float
 
 
 def locate(
@@ -57,7 +57,7 @@ def locate(
             return None
         at = _verbatim(text, said, taken)
         if at is not None:
-            return Match(at, at + len(said), 1.0, True, len(_SPACE.sub("", said)))
+            return Match(at, at + len(said), 1.0, True, 1.0)
     return _nearly(text, said, minimum, refine)
 
 
@@ -95,11 +95,10 @@ def _nearly(text: str, said: str, minimum: float, refine: float) -> Match | None
     if ratio < refine:
         start, stop = _refined(text, said, start, stop)
         ratio = fuzz.ratio(said, text[start:stop]) / 100
-    anchor = common_run(said, text[start:stop])
-    length = len(_SPACE.sub("", said))
-    if ratio < minimum or anchor < min(length, max(ANCHOR, ANCHOR_SHARE * length)):
+    share = anchored(said, text[start:stop])
+    if ratio < minimum or share < ANCHORED:
         return None
-    return Match(start, stop, round(ratio, 4), False, anchor)
+    return Match(start, stop, round(ratio, 4), False, round(share, 4))
 
 
 def _refined(text: str, said: str, start: int, stop: int) -> Span:
@@ -120,7 +119,9 @@ def _boundaries(text: str, near: int, pad: int) -> list[int]:
     return edges + [found.start() for found in _BOUNDARY.finditer(text, low, high)]
 
 
-def common_run(first: str, second: str) -> int:
-    """Characters of the longest run that both have, white space aside."""
-    a, b = _SPACE.sub("", first), _SPACE.sub("", second)
-    return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+def anchored(said: str, window: str) -> float:
+    """The share of `said`, white space aside, that stands in `window` in the same order and in verbatim runs."""
+    a, b = _SPACE.sub("", said), _SPACE.sub("", window)
+    run = max(1, min(RUN, len(a) // 2))
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks if block.size >= run) / max(1, len(a))

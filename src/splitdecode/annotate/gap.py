@@ -30,8 +30,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class GapRecipe:
-    """share: of the tokens that become spans; window: tokens of the moving average, odd; min_gap: nats, smoothed; tokens
-    below it are left out of the share; merge, min_length and cap as in normalise()."""
+    """share: of the tokens that become spans; window: tokens of the moving average, odd; min_gap: nats, smoothed, below
+    which no token does; merge, min_length and cap as in normalise()."""
 
     share: float = 0.2
     window: int = 9
@@ -136,7 +136,7 @@ def regathered(losses: Floats, edges: npt.NDArray[np.int64], units: npt.NDArray[
     if np.array_equal(edges, units):
         return losses
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(losses))])
-    keep = np.concatenate([[True], np.diff(edges) > 0])  # tokens of no bytes add theirs to the one before
+    keep = np.concatenate([np.diff(edges) > 0, [True]])  # tokens of no bytes add theirs to the one before
     return np.diff(np.interp(units, edges[keep], total[keep]))
 
 
