@@ -59,6 +59,20 @@ def test_other_models_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(out.read_text().splitlines()[0])["by"]["large"] == str(TINY / "large")
 
 
+def test_rules_on_other_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": f"t{i}", "prompt": "p", "trace": "thoughts"} for i in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["annotate", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--by", "rules"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("0 traces annotated, 0 were already, 20 failed")
+    err = said.err.splitlines()
+    assert err[0].startswith("splitdecode annotate: t0: found no line a*b=value")
+    assert err[10:] == [
+        "splitdecode annotate: 10 more failed",
+        "splitdecode annotate: stopped: 20 traces failed in a row; the same command goes on",
+    ]
+
+
 def test_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         rows = trace_in(body).splitlines()
@@ -96,7 +110,6 @@ WRONG = {
     "annotate x --family one-product --out o --by rules": "traces: found x and --family one-product",
     "annotate nowhere --out o --by rules": "nowhere: found no such file",
     "annotate empty --out o --by rules": "traces: found none, expected at least one",
-    "annotate text --out o --by rules": "trace '1': found no line a*b=value",
     "annotate text --out text --by rules": "--out: found text, the traces themselves",
     "annotate text --out folder --by rules": "folder: cannot be written",
     "annotate --family one-product --n 0 --out o --by rules": "--n: found 0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from splitdecode import SplitDecoder
 from splitdecode.annotate import report
 from splitdecode.annotate.gap import GapAnnotator, GapRecipe, byte_edges, moving_average, regathered, token_ranges
-from splitdecode.annotate.records import Tagged
+from splitdecode.annotate.records import Annotation, Failure, Tagged
 from splitdecode.annotate.rules import RuleAnnotator
 from splitdecode.annotate.spans import covered
 from splitdecode.annotate.traces import Trace, family_traces
@@ -126,9 +127,13 @@ def test_recipes_are_checked(options: dict[str, int]) -> None:
 
 def test_traces_are_refused_by_name(decoder: SplitDecoder) -> None:
     annotator = GapAnnotator(decoder, NAMES)
-    with pytest.raises(RequestError, match=r"trace 'long': found .* tokens with its prompt, expected at most"):
-        list(annotator.annotate([Trace("long", "p\n", "1" * 100_000)]))
-    with pytest.raises(RequestError, match="trace 'odd': "):
-        list(annotator.annotate([Trace("odd", "p\n", "\N{SNOWMAN}")]))
+    bad = [Trace("long", "p\n", "1" * 100_000), Trace("odd", "p\n", "\N{SNOWMAN}")]
+    found = {one.trace.id: one for one in annotator.annotate([bad[0], TRACES[0], bad[1], TRACES[1]])}
+    long, odd = found["long"], found["odd"]
+    assert isinstance(long, Failure)
+    assert re.match(r"found 10000\d tokens with its prompt, expected at most \d+, the positions of", long.reason)
+    assert isinstance(odd, Failure)
+    assert all(isinstance(found[trace.id], Annotation) for trace in TRACES[:2])
+    assert all(isinstance(one, Failure) for one in annotator.annotate(bad))  # a batch of nothing else
     with pytest.raises(RequestError, match="no chat template"):
         list(GapAnnotator(decoder, NAMES, chat=True).annotate(TRACES[:1]))

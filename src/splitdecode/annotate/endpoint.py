@@ -152,7 +152,7 @@ class _Pool:
         if not self._working:
             return None
         done, _ = await asyncio.wait(self._working, return_when=asyncio.FIRST_COMPLETED)
-        task = done.pop()
+        task = min(done, key=lambda one: one.exception() is not None)  # an error waits for what was finished with it
         self._working.remove(task)
         return task.result()
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from splitdecode.annotate.records import Annotation
+from splitdecode.annotate.records import Annotation, Failure
 from splitdecode.annotate.spans import MERGE, Span, normalise
 from splitdecode.annotate.traces import Trace
 from splitdecode.decoder import SplitDecoder
@@ -26,6 +27,7 @@ from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.split.roles import Pair, Role
 
 Floats = npt.NDArray[np.float64]
+_Ids = tuple[list[int], list[int]]  # of the prompt, of the trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +69,49 @@ class GapAnnotator:
     def settings(self) -> Mapping[str, Any]:
         return {"annotator": "gap", **asdict(self._names), "chat": self._chat, **asdict(self._recipe)}
 
-    def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation]:
-        """Raises RequestError naming a trace that is longer than a model has positions, or that a tokenizer cannot
-        spell."""
+    def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation | Failure]:
+        """A trace with more tokens than a model has positions, or that a tokenizer cannot spell, is a Failure.
+
+        Raises RequestError where a chat template is wanted and there is none."""
+        if self._chat:
+            self._decoder.chat_prompts([{"role": "user", "content": ""}], hint=False)
         remaining = iter(traces)
         while batch := list(islice(remaining, self._batch)):
-            for trace, losses in zip(batch, self._losses(batch), strict=True):
-                yield self._found(trace, losses)
+            read: list[tuple[Trace, Pair[_Ids]]] = []
+            for trace in batch:
+                try:
+                    read.append((trace, Pair.of(partial(self._ids, trace))))
+                except RequestError as error:
+                    yield Failure(trace, str(error))
+            losses = Pair.of(partial(self._losses, [ids for _, ids in read]))
+            for (trace, ids), *both in zip(read, *losses, strict=True):
+                yield self._found(trace, ids.map(lambda found: found[1]), Pair(*both))
 
-    def _losses(self, batch: list[Trace]) -> list[Pair[tuple[list[int], Floats]]]:
-        """Per trace and role: the trace's ids and the loss of each, in nats."""
-        scored = Pair.of(lambda r: self._scored(batch, r))
-        return [Pair(*both) for both in zip(*scored, strict=True)]
-
-    def _scored(self, batch: list[Trace], role: Role) -> list[tuple[list[int], Floats]]:
+    def _ids(self, trace: Trace, role: Role) -> _Ids:
+        """The ids of prompt and trace. Raises RequestError when there are none, or too many."""
         tokenizer, most = self._decoder.tokenizers[role], self._decoder.models[role].config.max_positions
-        prompts, bodies = [], []
-        for trace in batch:
-            try:
-                prompts.append(tokenizer.encode(self._prompt(trace, role)))
-                bodies.append(tokenizer.encode_inserted(trace.text))
-            except RequestError as error:
-                raise RequestError(f"trace {trace.id!r}: {error}") from None
-            length = len(prompts[-1]) + len(bodies[-1])
-            if length > most:
-                raise RequestError(f"trace {trace.id!r}: found {length} tokens with its prompt, expected at most "
-                                   f"{most}, the positions of the {role} model")  # fmt: skip
-        scores = self._decoder.score([p + b for p, b in zip(prompts, bodies, strict=True)], role)
-        return [(b, -s[len(p) :]) for p, b, s in zip(prompts, bodies, scores, strict=True)]
+        prompt, body = tokenizer.encode(self._prompt(trace, role)), tokenizer.encode_inserted(trace.text)
+        if len(prompt) + len(body) > most:
+            raise RequestError(f"found {len(prompt) + len(body)} tokens with its prompt, expected at most {most}, the "
+                               f"positions of the {role} model")  # fmt: skip
+        return prompt, body
+
+    def _losses(self, ids: list[Pair[_Ids]], role: Role) -> list[Floats]:
+        """Per trace the loss of each of its tokens, in nats; float64 [n]."""
+        both = [found[role] for found in ids]
+        scores = self._decoder.score([prompt + body for prompt, body in both], role)
+        return [-row[len(prompt) :] for (prompt, _), row in zip(both, scores, strict=True)]
 
     def _prompt(self, trace: Trace, role: Role) -> str:
         if not self._chat:
             return trace.prompt
         return self._decoder.chat_prompts([{"role": "user", "content": trace.prompt}], hint=False)[role]
 
-    def _found(self, trace: Trace, losses: Pair[tuple[list[int], Floats]]) -> Annotation:
+    def _found(self, trace: Trace, ids: Pair[list[int]], losses: Pair[Floats]) -> Annotation:
         recipe, tables = self._recipe, self._decoder.tokenizers
-        edges = Pair.of(lambda r: byte_edges(tables[r], losses[r][0]))
+        edges = Pair.of(lambda r: byte_edges(tables[r], ids[r]))
         units = edges[Role.SMALL]
-        gathered = Pair.of(lambda r: regathered(losses[r][1], edges[r], units))
+        gathered = Pair.of(lambda r: regathered(losses[r], edges[r], units))
         gap = np.nan_to_num(gathered[Role.SMALL] - gathered[Role.LARGE], nan=0.0)
         smooth = moving_average(gap, recipe.window)
         order = np.argsort(-smooth, kind="stable")[: math.ceil(recipe.share * len(smooth))]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from splitdecode.annotate.records import Annotation
+from splitdecode.annotate.records import Annotation, Failure
 from splitdecode.annotate.spans import normalise
 from splitdecode.annotate.traces import Trace
-from splitdecode.errors import RequestError
 from splitdecode.families import hard_ranges
 
 
@@ -17,11 +16,12 @@ class RuleAnnotator:
 
     settings: Mapping[str, Any] = {"annotator": "rules"}
 
-    def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation]:
-        """Raises RequestError for a trace with no such line."""
+    def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation | Failure]:
+        """A trace with no such line is a Failure."""
         for trace in traces:
             spans = normalise(trace.text, hard_ranges(trace.text), merge=1)
-            if not spans:
-                raise RequestError(f"trace {trace.id!r}: found no line a*b=value, expected a solution of a synthetic "
-                                   "family; other traces need --by endpoint or --by gap")  # fmt: skip
-            yield Annotation(trace, spans)
+            if spans:
+                yield Annotation(trace, spans)
+            else:
+                yield Failure(trace, "found no line a*b=value, expected a solution of a synthetic family; other traces "
+                                     "need --by endpoint or --by gap")  # fmt: skip
