@@ -52,6 +52,7 @@ def test_it_reports_what_it_chose(decoder: SplitDecoder) -> None:
     ids = decoder.tokenizers[Role.SMALL].encode_inserted(TRACES[0].text)
     assert found.details["tokens"] == len(ids)
     assert found.details["chosen"] == -(-len(ids) // 10)
+    assert found.details["loss"]["small"] > found.details["loss"]["large"] > 0
     assert found.details["gap_inside"] > 0.01 > found.details["gap_outside"]
     assert 0 < covered(found.spans) / len(TRACES[0].text) < 0.15
 

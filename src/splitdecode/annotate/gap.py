@@ -2,8 +2,10 @@
 
     loss_small - loss_large per token (nats)  ->  centred moving average  ->  the top x % of tokens  ->  spans
 
-Both models read prompt and trace once. The units are the small model's tokens; where the tokenizers differ, a token's
-loss is spread evenly over its bytes and gathered again by the small model's tokens.
+This finds what the large model can do and the small one cannot: where the large one is lost too (its mean loss is in
+the details), nothing is gained by asking it. Both models read prompt and trace once. The units are the small model's
+tokens; where the tokenizers differ, a token's loss is spread evenly over its bytes and gathered again by the small
+model's tokens.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ class GapAnnotator:
         details = {
             "tokens": len(gap),
             "chosen": len(order),
+            "loss": asdict(Pair.of(lambda r: round(float(np.nanmean(losses[r])), 6))),
             "gap_inside": round(float(gap[order].mean()), 4) if len(order) else None,
             "gap_outside": round(float(rest.mean()), 4) if len(rest) else None,
             "threshold": round(float(smooth[order[-1]]), 4) if len(order) else None,

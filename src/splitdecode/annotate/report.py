@@ -172,19 +172,26 @@ def plot(stats: Mapping[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
     figure.suptitle(f"{stats['traces']} annotated traces, {100 * stats['share']:.1f} % of the characters", fontsize=11)
     panels = axes.ravel()
-    panels[0].hist([100 * share for share in raw["shares"]], bins=25)
+    panels[0].hist([100 * share for share in raw["shares"]], bins=25, range=(0, max(100 * max(raw["shares"]), 25)))
     panels[0].axvline(100 * WANTED, color="black", linestyle=":")
     panels[0].set(xlabel="share of a trace inside spans, %", ylabel="traces")
     numbers = np.bincount(raw["numbers"])
     panels[1].bar(range(len(numbers)), numbers)
     panels[1].set(xlabel="spans per trace", ylabel="traces")
-    panels[2].hist(raw["lengths"], bins=30)
+    panels[2].hist(raw["lengths"], bins=_whole_bins(raw["lengths"]))
     panels[2].set(xlabel="characters per span", ylabel="spans")
     panels[3].bar(range(1, TENTHS + 1), [100 * part for part in stats["positions"]])
     panels[3].set(xlabel="tenth of the trace", ylabel="inside spans, %")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _whole_bins(lengths: list[int], most: int = 30) -> list[float]:
+    """Edges of at most `most` bins that all hold equally many whole numbers."""
+    low, high = min(lengths, default=0), max(lengths, default=0)
+    width = -(-(high - low + 1) // most)
+    return [edge - 0.5 for edge in range(low, high + width + 1, width)]
 
 
 def index(path: Path) -> dict[str, Tagged]:
