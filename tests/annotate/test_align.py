@@ -6,6 +6,8 @@ import random
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rapidfuzz import fuzz
 
 from splitdecode.annotate.align import anchored, locate, locate_all
@@ -114,6 +116,18 @@ def test_anchored_by_hand() -> None:
     assert anchored("", "x") == 0.0
 
 
+@given(st.text("ab c.\n\u00e9", max_size=60), st.text("ab c.\n\u00e9", max_size=40), st.floats(0, 1))
+def test_a_match_is_a_range_of_the_text(text: str, snippet: str, minimum: float) -> None:
+    match = locate(text, snippet, minimum=minimum)
+    if snippet.strip() in text and len(snippet.strip()) >= 8:
+        assert match is not None
+        assert text[match.start : match.stop] == snippet.strip()
+    if match is not None:
+        assert 0 <= match.start < match.stop <= len(text)
+        assert match.exact == (text[match.start : match.stop] == snippet.strip())
+        assert minimum - 1e-3 <= match.ratio <= 1
+
+
 def test_lost_backslashes() -> None:
     (snippet,) = parse_snippets('{"snippets": ["so \\frac{1}{2} of them are positive"]}')
     assert "\f" in snippet
@@ -150,7 +164,16 @@ def test_odd_answers() -> None:
     assert parse_snippets('{"snippets": ["\\(x \\le 3\\) and\nmore \\u00e9 \\underline{x}"]}') == [
         "\\(x \\le 3\\) and\nmore é \\underline{x}"
     ]
-    for nothing in ("", "I cannot do that.", "{}", '{"snippets": []}', "[1, 2]", '{"snippets": "all"}', "{" * 2000):
+    for nothing in (
+        "",
+        "I cannot do that.",
+        "{}",
+        '{"snippets": []}',
+        "[1, 2]",
+        '{"snippets": "all"}',
+        "{" * 5000,
+        "[" * 5000,
+    ):
         assert parse_snippets(nothing) == []
 
 

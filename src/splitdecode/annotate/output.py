@@ -6,7 +6,6 @@ add        one line in one write, then fsync: what was reported as done stays do
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -78,6 +77,10 @@ class Output:
 
     def _lock(self) -> None:
         try:
+            import fcntl
+        except ImportError:  # Windows: nobody guards against a second writer
+            return
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RequestError(f"{self.path}: another run is writing it, expected to be the only one") from None
@@ -94,6 +97,8 @@ class Output:
         if self.cut:
             os.ftruncate(self._file, whole)
             os.fsync(self._file)
+        if not whole:
+            _sync_directory(self.path.parent)
 
     def _take(self, row: Mapping[str, Any], number: int) -> None:
         if row.get("by") != self.settings:
@@ -104,3 +109,17 @@ class Output:
         self.done[row["id"]] = str(row.get("digest"))
         details = row.get("details")
         self.cost += float(details.get("cost") or 0.0) if isinstance(details, dict) else 0.0
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a new file's name outlive a power cut, where directories can be synced."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -81,7 +81,7 @@ def read_row(line: bytes, place: str) -> dict[str, Any]:
     """The object of one line. Raises RequestError naming the place."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{place}: found no JSON ({error}), expected an annotated trace") from None
     if not (isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("tagged"), str)):
         raise RequestError(f"{place}: expected an annotated trace, an object with 'id' and 'tagged'")

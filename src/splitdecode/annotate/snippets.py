@@ -65,7 +65,7 @@ def _values(text: str) -> Iterator[Any]:
         try:
             value, at = _DECODER.raw_decode(text, found.start())
             yield value
-        except ValueError:
+        except (ValueError, RecursionError):
             at = found.end()
 
 

@@ -72,7 +72,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # of JSON or of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
                 raise RequestError(f"{place}: found no JSON ({error}), expected an object") from None
             if not isinstance(row, dict):
                 raise RequestError(f"{place}: found {type(row).__name__}, expected an object")
