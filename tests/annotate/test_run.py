@@ -157,6 +157,18 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert ids(out) == [trace.id for trace in TRACES]
 
 
+def test_progress_and_cost_are_shown_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.annotate(TRACES, Scripted(failing=[2], cost=0.25), tmp_path / "out.jsonl", total=12)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run.annotate(TRACES, Scripted(cost=0.25), tmp_path / "out.jsonl", total=12)
+    err = capsys.readouterr().err
+    assert "12/12" in err
+    assert "$3.0000" in err  # of the file: eleven before, one now
+
+
 def test_it_stops_where_the_money_ends(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     summary = run.annotate(TRACES, Scripted(cost=0.25), out, max_cost=1.0)
