@@ -24,8 +24,8 @@ from harness import clock, finish, load_pyplot, machine, show_table, use_threads
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
-from splitdecode.demo import Problem, boxed, problems
 from splitdecode.errors import RequestError, SplitDecodeError
+from splitdecode.families import Problem, boxed, problems
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -27,8 +27,8 @@ from serving import Watch
 from traces import make_trace, workload
 
 from splitdecode.config import SamplingParams
-from splitdecode.demo import problems
 from splitdecode.errors import RequestError
+from splitdecode.families import problems
 from splitdecode.split.engine import Choice
 from splitdecode.split.outputs import RequestMetrics
 from splitdecode.split.policies import ControlTags

@@ -20,8 +20,8 @@ from runs import MODES, Job, describe, is_by_tags, observed, run
 from traces import Trace, make_trace
 
 from splitdecode.decoder import SplitDecoder
-from splitdecode.demo import problems
 from splitdecode.errors import RequestError
+from splitdecode.families import problems
 from splitdecode.split.policies import ControlTags
 from splitdecode.split.roles import Pair, Role
 

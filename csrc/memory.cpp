@@ -201,7 +201,7 @@ bool Scheduler::reserve(Sequence& sequence, int32_t lane_id, int32_t need) {
             continue;
         }
         starved_[lane_index(lane_id)] = true;
-        if (waits_for_flights(lane_id)) return false;
+        if (waits_for_flights(lane_id) || runs_ahead(lane_id)) return false;
         const auto youngest = std::find_if(order_.rbegin(), order_.rend(), [&](const Sequence* other) {
             return other == &sequence || other->resident;
         });
@@ -221,10 +221,26 @@ bool Scheduler::starts_anew(Sequence& sequence) {
     return std::exchange(sequence.alone_at, size) != size;
 }
 
+// Whether somebody waits for pages. What others leave is his: nobody is let in, and nothing runs ahead of need.
+bool Scheduler::starving() const {
+    return std::find(starved_.begin(), starved_.end(), true) != starved_.end();
+}
+
 // Whether pages are missing only because steps in the air may still touch them. Any pool's, where memory is shared.
 bool Scheduler::waits_for_flights(int32_t lane_id) const {
     if (arena_ == nullptr) return !limbo_[lane_index(lane_id)].empty();
     return std::any_of(limbo_.begin(), limbo_.end(), [](const auto& waiting) { return !waiting.empty(); });
+}
+
+// Whether an idle lane runs ahead of need in a step in the air: its cache can be taken as soon as that has landed.
+bool Scheduler::runs_ahead(int32_t lane_id) const {
+    return std::any_of(order_.begin(), order_.end(), [&](const Sequence* sequence) {
+        for (int32_t lane = 0; lane < static_cast<int32_t>(specs_.size()); ++lane)
+            if ((lane == lane_id || arena_ != nullptr) && sequence->active != lane &&
+                sequence->lanes[lane_index(lane)].inflight > 0)
+                return true;
+        return false;
+    });
 }
 
 // ---- content ahead of need -----------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ PlanCounts Scheduler::plan(int32_t lane_id, const PlanBuffers& out, int32_t step
         if (counts.pages + pages > out.max_pages) break;
         pack(sequence, lane_id, count, own_steps, out, counts, flight);
     }
-    if (steps == 1) pack_fills(lane_id, out, counts, flight);
+    if (steps == 1 && !starving()) pack_fills(lane_id, out, counts, flight);
     pacer_.launched(index, counts.rows);
     if (counts.rows > 0) {
         ++launched_flights_[index];

@@ -106,7 +106,7 @@ int32_t Scheduler::pages_owed(const Sequence& sequence) const {
 
 void Scheduler::admit() {
     if (residents_ == unfinished() || residents_ >= max_seqs_) return;
-    if (residents_ > 0 && std::find(starved_.begin(), starved_.end(), true) != starved_.end()) return;
+    if (residents_ > 0 && starving()) return;
     std::vector<int32_t> free_pages;
     for (Sequence* waiting : order_) {
         Sequence& sequence = *waiting;

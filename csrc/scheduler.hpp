@@ -161,7 +161,9 @@ class Scheduler {
     bool starts_anew(Sequence& sequence);
     int32_t find_page(Sequence& sequence, int32_t lane);
     bool reserve(Sequence& sequence, int32_t lane, int32_t need);
+    bool starving() const;
     bool waits_for_flights(int32_t lane) const;
+    bool runs_ahead(int32_t lane) const;
     int32_t ahead_of_need(const Sequence& sequence, int32_t lane) const;
     void project(Sequence& sequence, int32_t lane, int32_t most);
     void pack_fills(int32_t lane, const PlanBuffers& out, PlanCounts& counts, Flight& flight);
@@ -203,7 +205,7 @@ class Scheduler {
     Arena* arena_ = nullptr;
     std::vector<int32_t> free_tokens_, fill_chunk_; // by lane
     std::vector<std::vector<Transfer>> transfers_;
-    std::vector<bool> starved_; // by lane: somebody lacked pages in its last plan, so nobody is let in before him
+    std::vector<bool> starved_; // by lane: somebody lacked pages in its last plan
     int64_t idle_evictions_ = 0, evicted_tokens_ = 0;
     double now_ = 0.0;
     std::vector<std::deque<Flight>> flights_;

@@ -19,7 +19,7 @@ from splitdecode import (
     SmallOnly,
     SplitDecoder,
 )
-from splitdecode.demo import problems
+from splitdecode.families import problems
 
 NUMBER = 60
 FATES = ["abort", "cancel", "break", "close", "fault"]

@@ -28,7 +28,7 @@ from splitdecode import (
     SamplingParams,
     SplitDecoder,
 )
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.requests import Growth
 
 # ---- what a consumer gets

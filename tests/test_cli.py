@@ -16,7 +16,7 @@ from oracles.scripted import scripted_pair
 from oracles.tiny import PIECES
 
 from splitdecode import SplitDecoder, cli
-from splitdecode.demo import boxed, problems
+from splitdecode.families import boxed, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = problems(2, 11)

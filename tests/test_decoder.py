@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import splitdecode
 from splitdecode import CapacityError, LargeOnly, RequestError, SamplingParams, SmallOnly, SplitDecoder
 from splitdecode.config import request_key
-from splitdecode.demo import boxed, problems
+from splitdecode.families import boxed, problems
 from splitdecode.split.roles import Role
 from splitdecode.split.tokens import HINT
 

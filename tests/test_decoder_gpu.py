@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from splitdecode import SamplingParams, SplitDecoder
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.roles import Role
 

@@ -1,4 +1,4 @@
-"""F7: the `splitdecode` command: demo, generate, chat, annotate, plan, doctor.
+"""F7: the `splitdecode` command: demo, generate, chat, eval, claims, annotate, plan, doctor.
 
 Exit codes: 0 done, 1 a check or an answer failed, 2 wrong input (one line on stderr says what), 130 interrupted.
 """
@@ -21,6 +21,8 @@ from splitdecode.annotate import report_command
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import DTYPES, SplitDecoder
 from splitdecode.errors import RequestError, SplitDecodeError
+from splitdecode.evaluate import claims
+from splitdecode.evaluate import command as evaluation
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy, LargeOnly, RandomSwitch, SmallOnly
 from splitdecode.split.roles import Role
@@ -31,7 +33,8 @@ from splitdecode.terminal import legend, show
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; `argv` without the program's name."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(given, argparse.Namespace(argv=given))
     try:
         return int(args.run(args))
     except SplitDecodeError as error:
@@ -49,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text, module in (
         ("demo", "solve a handful of problems with the embedded pair", demo),
+        ("eval", "accuracy and cost of every policy, on synthetic families, data sets, tasks of lm-eval", evaluation),
+        ("claims", "each published figure beside its source, its caveat and our own measurement", claims),
         ("plan", "what a pair of models needs and gives on a GPU, from geometry alone", plan),
         ("doctor", "what this machine can do and what is missing", doctor),
         ("annotate", "put control tags around the hard parts of reasoning traces", annotate),

@@ -96,6 +96,7 @@ class SamplingParams:
     seed                  None = the engine's; equal seeds give equal text
     logprobs              None = none, 0 = of the chosen token, k <= 20 = of the top k too; of the raw logits
     logit_bias            id -> -100..100
+    rollout               keep what a trainer of the small model needs (split/rollout.py)
 
     Budgets, None = none: what an answer may take of the model it hands the pen to (docs/handoff.md, Budgets).
 
@@ -127,6 +128,7 @@ class SamplingParams:
     max_offloads: int | None = None
     max_offload_fraction: float | None = None
     deadline_ms: float | None = None
+    rollout: bool = False
 
     def __post_init__(self) -> None:
         _int("n", self.n, 1, MAX_CHOICES)
@@ -141,7 +143,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _int("max_tokens", self.max_tokens, 1, MAX_POSITIONS)
             _int("min_tokens", self.min_tokens, 0, self.max_tokens, f"at most max_tokens ({self.max_tokens})")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "rollout"):
             _bool(name, getattr(self, name))
         if self.seed is not None:
             _int("seed", self.seed, -(2**63), 2**64 - 1)

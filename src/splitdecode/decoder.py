@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splitdecode.config import EngineConfig, SamplingParams
 from splitdecode.errors import RequestError
@@ -128,7 +129,7 @@ class SplitDecoder:
         for role in Role:
             tokenizers[role].check_against_vocab(points[role].config.vocab_size, points[role].directory)
         models = Pair.of(lambda r: load_model(points[r], dtype=wanted[r], device=device))
-        eos = Pair.of(lambda r: points[r].eos_ids or _own_eos(tokenizers[r]))
+        eos = Pair.of(lambda r: points[r].eos_ids or tuple(i for i in [tokenizers[r].eos_id] if i is not None))
         return cls(
             models,
             tokenizers,
@@ -165,7 +166,7 @@ class SplitDecoder:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        handoff: HandoffPolicy | None = None,
+        handoff: HandoffPolicy | list[HandoffPolicy] | None = None,
         large_prompt: Prompt | Sequence[Prompt] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
@@ -174,7 +175,7 @@ class SplitDecoder:
         prompts: a str, a list of token ids, {"prompt": str}, {"prompt_token_ids": ids}, or a list of these. Both models
         see the same text, unless large_prompt says what the large one sees. A mapping may carry "cache_salt": requests
         share cached prefixes only under equal salts. sampling_params: one for all or one each;
-        None: the small checkpoint's generation_config. handoff: ControlTags() by default.
+        None: the small checkpoint's generation_config. handoff: one for all or a list; ControlTags() by default.
         Raises RequestError before anything runs when a prompt or parameter cannot be served.
         """
         wanted = as_prompts(prompts)
@@ -182,7 +183,10 @@ class SplitDecoder:
         if len(others) != len(wanted):
             raise RequestError(f"large_prompt: found {len(others)} prompts, expected {len(wanted)}")
         params = self._params(sampling_params, len(wanted))
-        made = [self._request(p, o, s, handoff) for p, o, s in zip(wanted, others, params, strict=True)]
+        policies = handoff if isinstance(handoff, list) else [handoff] * len(wanted)
+        if len(policies) != len(wanted):
+            raise RequestError(f"handoff: found {len(policies)} for {len(wanted)} prompts, expected one each")
+        made = [self._request(*one) for one in zip(wanted, others, params, policies, strict=True)]
         ids = [self._queue(choices, None) for choices in made]
         try:
             self._run(ids, use_tqdm)
@@ -283,6 +287,15 @@ class SplitDecoder:
         first NaN. What runs is not disturbed. Raises RequestError for ids the model does not know."""
         return token_logprobs(self.models[role], sequences)
 
+    def update_weights(self, tensors: Mapping[str, Tensor], role: Role = Role.SMALL) -> None:
+        """Takes new weights of one model, under Hugging Face names, between two answers; its cached prefixes are
+        forgotten. Raises RequestError while answers run, CheckpointError for tensors that do not fit: nothing changed.
+        """
+        if self.engine.unfinished:
+            raise RequestError(f"update_weights: found {self.engine.unfinished} unfinished answers, expected none")
+        self.models[role].update(tensors)
+        self.engine.runners[role].cache.pool.clear_cache()
+
     @property
     def default_sampling_params(self) -> SamplingParams:
         """What the small checkpoint's generation_config.json says."""
@@ -377,10 +390,6 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch raises both, for a wrong name and for a missing driver
         reason = str(error).partition("\n")[0]
         raise RequestError(f"device: found {device!r}, expected one torch can use here ({reason})") from None
-
-
-def _own_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def _progress(*items: Any, **options: Any) -> Any:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import re
-from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -15,42 +12,10 @@ from rich.table import Table
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError
+from splitdecode.families import boxed, problems
 from splitdecode.split.outputs import Delta, ModelMetrics, RequestMetrics
 from splitdecode.split.roles import Pair, Role
 from splitdecode.terminal import coloured, legend
-
-TEMPLATES = (
-    "Work out {a}*{b}+{c}*{d}-{e}.\n",
-    "A school has {a} boxes of {b} cups and {c} boxes of {d} cups. It uses {e} cups. How many cups are left?\n",
-    "Mia fills {a} boxes with {b} cups, then {c} boxes with {d} cups. It uses {e} cups. How many cups are left?\n",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A question the embedded pair was trained for, and its answer."""
-
-    prompt: str
-    answer: int
-
-
-def problems(number: int, seed: int) -> list[Problem]:
-    """a*b + c*d - e with factors of two digits, products of four and a subtrahend of three."""
-    rng = random.Random(seed)
-    found: list[Problem] = []
-    while len(found) < number:
-        a, b, c, d = (rng.randint(21, 79) for _ in range(4))
-        if 1000 <= a * b <= 4999 and 1000 <= c * d <= 4999:
-            e = rng.randint(100, 999)
-            text = TEMPLATES[len(found) % 2].format(a=a, b=b, c=c, d=d, e=e)
-            found.append(Problem(text, a * b + c * d - e))
-    return found
-
-
-def boxed(text: str) -> int | None:
-    """The number in the last \\boxed{}, if there is one."""
-    found = re.findall(r"\\boxed\{(-?\d+)\}", text)
-    return int(found[-1]) if found else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from serving import Track, Watch, gaps_of, percentiles
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
-from splitdecode.demo import problems
 from splitdecode.errors import RequestError
+from splitdecode.families import problems
 from splitdecode.split.engine import Choice
 from splitdecode.split.outputs import ModelSpan, RequestMetrics
 from splitdecode.split.policies import ControlTags, HandoffPolicy, LargeOnly, SmallOnly

@@ -24,7 +24,7 @@ from splitdecode import (
     ThinkingBudget,
 )
 from splitdecode._C import Event
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.sequence import SplitSequence
 
 OPEN = ("<", "big", "model", ">")

@@ -16,7 +16,7 @@ from oracles.tiny import PIECES
 from scipy.stats import chisquare
 
 from splitdecode import SamplingParams, SplitDecoder
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.budget import ACCOUNTS, LOWEST_BIAS, SLACK, Account, Budgets, Seat, acceptance
 from splitdecode.split.roles import Role
 

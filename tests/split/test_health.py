@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracles.scripted import Stage
 
 from splitdecode import SamplingParams, SplitDecoder
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.health import MEMORY, MIN_ANSWERS, Health, Seen, paired, seam_jump
 from splitdecode.split.outputs import ModelMetrics
 from splitdecode.split.policies import LargeOnly

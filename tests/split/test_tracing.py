@@ -15,7 +15,7 @@ from oracles.tapes import tape_runner
 from oracles.worlds import World, make_decoder, make_worlds, random_engine, random_params, random_policy
 
 from splitdecode import SamplingParams, SplitDecoder, cli
-from splitdecode.demo import problems
+from splitdecode.families import problems
 from splitdecode.split.engine import Choice
 from splitdecode.split.roles import Role
 from splitdecode.split.tracing import ChromeTrace, Tracer

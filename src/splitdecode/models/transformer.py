@@ -7,13 +7,16 @@ One forward runs all pending tokens of any rows (prefill, decode, catch-up, prob
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from splitdecode import ops
 from splitdecode.models.config import ModelConfig
 from splitdecode.models.rope import rope_table
-from splitdecode.models.weights import LayerWeights, ModelWeights
+from splitdecode.models.weights import LayerWeights, ModelWeights, given_weights
 
 _KEPT = 256  # buffers of steps this small are kept for the next step of the same size
 
@@ -31,6 +34,19 @@ class Transformer:
         self.dtype = weights.embed.dtype
         self._cis = self._table(min(config.max_positions, 2048))
         self._buffers: _Buffers | None = None
+
+    @torch.inference_mode()
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes new weights, under Hugging Face names, into the memory of the old ones; all of them or, where one of
+        them is missing or wrong (CheckpointError), none."""
+        new = given_weights(self.config, tensors, self.dtype, self.device)
+        old = self.weights
+        pairs = [(old.embed, new.embed), (old.norm, new.norm), (old.head, new.head)]
+        for mine, theirs in zip(old.layers, new.layers, strict=True):
+            pairs += [(getattr(mine, f.name), getattr(theirs, f.name)) for f in fields(LayerWeights)]
+        for kept, given in pairs:
+            if kept is not None and given is not None:
+                kept.copy_(given)
 
     def new_cache(self, num_pages: int, page_size: int) -> Tensor:
         """A zeroed paged cache [L, num_pages, page_size, 2, Hkv, D] in the model's dtype, on its device."""

@@ -148,6 +148,17 @@ def load_weights(
     return _assemble(config, source, dtype, device, "lm_head.weight" in found)
 
 
+def given_weights(
+    config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> ModelWeights:
+    """Merges tensors in memory, under Hugging Face names, such as a trainer's state_dict().
+
+    Raises CheckpointError for one that is missing, has another shape, or holds NaN or infinity.
+    """
+    source = _GivenSource(config, tensors, dtype, device)
+    return _assemble(config, source, dtype, device, not config.tied)
+
+
 def dummy_weights(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, *, seed: int = 0, std: float = 0.02
 ) -> ModelWeights:
@@ -195,6 +206,25 @@ class _FileSource:
         return tensor
 
 
+class _GivenSource:
+    """Tensors by name from a mapping, checked and converted one at a time."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shapes, self.tensors, self.dtype, self.device = expected_tensors(config), tensors, dtype, device
+
+    def get(self, name: str) -> Tensor:
+        found, wanted = self.tensors.get(name), list(self.shapes[name])
+        if found is None or list(found.shape) != wanted:
+            shape = "none" if found is None else list(found.shape)
+            raise CheckpointError(f"{name}: expected a tensor of shape {wanted}, found {shape}")
+        tensor = found.detach().to(device=self.device, dtype=self.dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: expected finite weights in {self.dtype}, found NaN or infinity")
+        return tensor
+
+
 class _NormalSource:
     """Tensors by name drawn from one seeded generator; norm gains are ones."""
 
@@ -209,7 +239,7 @@ class _NormalSource:
         return tensor.normal_(0.0, self.std, generator=self.generator)
 
 
-_Source = _FileSource | _NormalSource | _ShapeSource
+_Source = _FileSource | _GivenSource | _NormalSource | _ShapeSource
 
 
 def _assemble(

@@ -278,9 +278,10 @@ class Budgets:
         )
 
     def sampling(self, params: SamplingParams, role: Role) -> SamplingParams:
-        """What the sampler of `role` is given: an account needs the log-probs of the small model's tags."""
-        asks = role is Role.SMALL and params.logprobs is None and self._target(params) is not None
-        return replace(params, logprobs=0) if asks else params
+        """What the sampler of `role` is given: an account needs the log-probs of the small model's tags, a trainer
+        those of all its tokens."""
+        needs = role is Role.SMALL and (params.rollout or self._target(params) is not None)
+        return replace(params, logprobs=0) if needs and params.logprobs is None else params
 
     def _account(self, target: float | None) -> Account | None:
         if target is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 
@@ -30,6 +30,7 @@ from splitdecode.split.health import Health, Seen, paired, seam_jump
 from splitdecode.split.outputs import CompletionOutput, Delta, ModelMetrics, RequestMetrics
 from splitdecode.split.policies import HandoffPolicy, Opening
 from splitdecode.split.roles import Pair, Role
+from splitdecode.split.rollout import Closings, rollout
 from splitdecode.split.sequence import SplitSequence
 from splitdecode.split.tokens import PairTokens
 from splitdecode.split.tracing import Tracer
@@ -182,6 +183,8 @@ class Engine:
         choice.sequence = SplitSequence(
             self.scheduler, self.tokens, choice.policy, self.config, params, handle, budget, self.actions
         )
+        if params.rollout and choice.policy.closes_itself:
+            choice.sequence.closings = Closings()
         self.running[handle] = self._silent[handle] = choice
         if choice.stream is not None:
             self._streaming[handle] = choice
@@ -286,6 +289,10 @@ class Engine:
         handle, metrics = sequence.handle, choice.metrics
         finish = (sequence.finish_reason, sequence.stop_reason)
         choice.output = completion(self.scheduler, handle, choice.index, choice.params, self.tags, choice.top, finish)
+        if choice.params.rollout:
+            prompt, block, count = choice.prompts[Role.SMALL], sequence.block, len(choice.output.token_ids)
+            kept = rollout(self.scheduler, handle, prompt, sequence.closings or Closings(), block, count)
+            choice.output = replace(choice.output, rollout=kept)
         if choice.stream is not None:
             choice.deltas += choice.stream.deltas(self.scheduler, handle, final=True)
         written = choice.output.spans

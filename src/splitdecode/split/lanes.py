@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from splitdecode._C import Event, Scheduler
+from splitdecode.split.block import Block
 from splitdecode.split.roles import Role
 from splitdecode.split.tokens import PairTokens
 
@@ -53,6 +54,16 @@ class Lanes:
 
     def _lane_bytes(self, role: Role, start: int, stop: int) -> bytes:
         return self.tokens.bytes_of(role, [int(i) for i in self.scheduler.lane_ids(self.handle, role, start, stop)])
+
+    def _drop_held(self) -> None:
+        """Tokens behind a mark are drawn again by whoever writes there."""
+        self._retarget(SMALL, int(self.scheduler.lane_state(self.handle, SMALL)["stable"]), [])
+
+    def _kept_ids(self, block: Block) -> list[int]:
+        """What the small lane keeps of a block when only its first tokens became content."""
+        tokens, ids = block.within(self._position() - block.start)
+        rest = [int(i) for i in self.scheduler.content(self.handle, block.start + tokens)[0]]
+        return block.ids[:ids] + (self.tokens.project(LARGE, rest) if rest else [])
 
     @property
     def written(self) -> bytes:

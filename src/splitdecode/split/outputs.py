@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from splitdecode.split.roles import Pair, Role
+
+if TYPE_CHECKING:
+    from splitdecode.split.rollout import Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class CompletionOutput:
     finish_reason  stop | length | abort | error
     stop_reason    the stop string or stop token id; None for EOS
     logprobs       per token {id: raw log-prob}, chosen and likeliest; None for a residue re-encoded at a seam
+    rollout        with SamplingParams(rollout=True): the small model's lane, and who did what there
     """
 
     index: int
@@ -48,6 +53,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     logprobs: list[dict[int, float] | None] | None = None
     cumulative_logprob: float | None = None
+    rollout: Rollout | None = None
 
 
 @dataclass(slots=True)

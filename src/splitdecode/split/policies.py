@@ -41,6 +41,7 @@ class HandoffPolicy:
     tags = False
     reads_along = False
     close_rule = CloseRule.NEXT_TOKEN
+    closes_itself = False  # the small model ends a span by its own draws, prefix by prefix
 
     def bind(self, key: int) -> HandoffPolicy:
         """The policy for one sequence, whose 64-bit random key is `key`."""
@@ -97,6 +98,10 @@ class ControlTags(HandoffPolicy):
 
     def owner(self, position: int) -> Role | None:
         return None
+
+    @property
+    def closes_itself(self) -> bool:  # type: ignore[override]
+        return self.close_rule is CloseRule.NEXT_TOKEN
 
     def trial(self, candidate: int) -> tuple[int, int, bool]:
         if self.close_rule is CloseRule.CONTINUE:

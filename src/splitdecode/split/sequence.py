@@ -22,6 +22,7 @@ from splitdecode.split.handoff import Action, Handoff
 from splitdecode.split.lanes import LARGE, SMALL, Lanes
 from splitdecode.split.policies import CloseRule, HandoffPolicy, Opening
 from splitdecode.split.roles import Role
+from splitdecode.split.rollout import Closings
 from splitdecode.split.tokens import PairTokens
 
 OPENING, CLOSING = 0, 1
@@ -55,6 +56,7 @@ class SplitSequence(Lanes):
         self.handoffs = 0
         self.rejected = 0
         self.unreturned = 0  # spans that ran into max_span
+        self.closings: Closings | None = None  # of the small model's own, for those who train on them
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
@@ -141,10 +143,6 @@ class SplitSequence(Lanes):
             return self._turn_to_large() if self._fits() else self.finish("length")
         return self._write_on()
 
-    def _drop_held(self) -> None:
-        """Tokens behind a mark are drawn again by whoever writes there."""
-        self._retarget(SMALL, int(self.scheduler.lane_state(self.handle, SMALL)["stable"]), [])
-
     def _switch(self, event: Event) -> list[Event]:
         """The opening tag ends inside token c: what follows in it is dropped, the lane healed."""
         self._retarget(SMALL, event.c, self._cut(event.c, event.d), in_tag=True)
@@ -209,9 +207,8 @@ class SplitSequence(Lanes):
             return self.finish("length")
         if self.scheduler.room(self.handle, LARGE) <= 0:
             return self._force()
-        by_tags = self.policy.owner(position) is None
         # A policy's own end is for the reader to find, as a closing tag is: a forced trace pays for what lies beyond.
-        end = self.span_start + self.config.max_span if by_tags else None
+        end = self.span_start + self.config.max_span if self.policy.owner(position) is None else None
         return self.scheduler.write(
             self.handle,
             LARGE,
@@ -278,6 +275,9 @@ class SplitSequence(Lanes):
     def _resume(self) -> list[Event]:
         """The candidate is settled for now: restore what was read, go on at the next prefix."""
         block = self._block()
+        if self.closings is not None:
+            at = block.base + block.prefix(block.candidate)
+            self.closings.dead.append((at, self.scheduler.lane_ids(self.handle, SMALL, at).tolist()))
         self._retarget(SMALL, block.base, block.ids)
         following = block.candidate + 1
         if self.policy.close_rule is CloseRule.CONTINUE:
@@ -306,7 +306,11 @@ class SplitSequence(Lanes):
         """The block's first `tokens` large tokens are content; `ends`: so is an EOS behind the last of them."""
         block = self._block()
         fresh, block.accepted = tokens - block.accepted, tokens
-        return self.scheduler.accept(self.handle, fresh, ends)
+        events = self.scheduler.accept(self.handle, fresh, ends)
+        limited = bool(events) and events[0].kind != EventKind.END
+        if self.closings is not None and (limited or ends):
+            self.closings.read(block, self._position() - block.start if limited else None)
+        return events
 
     def _accept_block(self) -> list[Event]:
         block = self._block()
@@ -323,6 +327,8 @@ class SplitSequence(Lanes):
     def _close(self, candidate: int) -> list[Event]:
         """The small lane holds the closing tag behind the candidate's prefix; the rest of the large text is dropped."""
         block = self._block()
+        if self.closings is not None:
+            self.closings.closed(block, candidate)
         prefix = block.prefix(candidate)
         _, ids = block.whole(prefix)
         self.scheduler.drop_provisional(self.handle)
@@ -342,7 +348,7 @@ class SplitSequence(Lanes):
             self.scheduler.drop_provisional(self.handle)
             self._retarget(LARGE, self.span_base + written, [])
             if self.block is not None:
-                self._retarget(SMALL, self.block.base, self._read_ids())
+                self._retarget(SMALL, self.block.base, self._kept_ids(self.block))
         else:
             if not self._catch_up(SMALL):
                 return self.finish("length")
@@ -352,14 +358,6 @@ class SplitSequence(Lanes):
                 return self.finish("length")
             self._retarget(SMALL, start, self.tokens.tag_ids[CLOSING])
         return self._return_pen(start)
-
-    def _read_ids(self) -> list[int]:
-        """What the small lane keeps of the block when only its first tokens became content."""
-        block = self._block()
-        kept = self._position() - block.start
-        tokens, ids = block.within(kept)
-        rest = [int(i) for i in self.scheduler.content(self.handle, block.start + tokens)[0]]
-        return block.ids[:ids] + (self.tokens.project(LARGE, rest) if rest else [])
 
     def _return_pen(self, scan_from: int) -> list[Event]:
         self.block = None

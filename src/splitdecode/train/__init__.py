@@ -1,0 +1,1 @@
+"""F7: teaching the small model when to hand over (docs/training.md)."""

@@ -1,0 +1,203 @@
+"""F7: GRPO on TRL with rollouts of the real pair: the large model writes in them, and the loss sees every act.
+
+    one step     policy's weights -> decoder      n answers to each prompt, both models at work
+                 rewards of whole answers -> advantages (TRL)
+                 acts of the small model (objective.py) x advantages -> loss -> optimiser (TRL)
+
+TRL's trainer does what it does: batches, advantages, optimiser, logging, checkpoints. Two of its methods are replaced:
+rollouts come from a SplitDecoder, and the loss is over acts instead of tokens. Both decoders of one policy are the same
+weights: they are copied into the runtime before each batch of rollouts, so old and new log-probabilities agree.
+
+Needs the extra [train].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from splitdecode.config import SamplingParams
+from splitdecode.decoder import SplitDecoder
+from splitdecode.errors import RequestError
+from splitdecode.split.outputs import RequestOutput
+from splitdecode.split.policies import ControlTags, HandoffPolicy
+from splitdecode.split.roles import Role
+from splitdecode.split.rollout import Rollout
+from splitdecode.train.objective import act_logprobs, policy_loss
+
+Reward = Callable[[RequestOutput, Any], float]  # an answer and what is known of its question -> its reward
+
+
+@dataclass(frozen=True)
+class Converged:
+    """When to stop: the mean reward of the last `steps` steps is no more than `gain` above that of those before."""
+
+    steps: int = 50
+    gain: float = 0.0
+
+    def __call__(self, rewards: Sequence[float]) -> bool:
+        """rewards: one per step so far."""
+        if len(rewards) < 2 * self.steps:
+            return False
+        return fmean(rewards[-self.steps :]) - fmean(rewards[-2 * self.steps : -self.steps]) <= self.gain
+
+
+@dataclass
+class Rollouts:
+    """Answers of the pair to TRL's prompts, what they earned, and a line of figures per step.
+
+    decoder: its small model is the policy's twin; references: what the rewards know of a question, by prompt;
+    rewards: by name, summed by `weights` (1 each where it names none); log: one JSON object per step is appended.
+    """
+
+    decoder: SplitDecoder
+    references: Mapping[str, Any]
+    rewards: Mapping[str, Reward]
+    params: SamplingParams
+    weights: Mapping[str, float] = field(default_factory=dict)
+    handoff: HandoffPolicy = field(default_factory=ControlTags)
+    log: Path | None = None
+    outputs: list[RequestOutput] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    _drawn: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.weights) - set(self.rewards)
+        if unknown or not self.rewards:
+            raise RequestError(f"weights: found {sorted(unknown)}, expected some of {sorted(self.rewards)}")
+        if self.params.n != 1 or self.params.greedy or (self.params.top_p, self.params.top_k, self.params.min_p) != (
+            1.0, 0, 0.0
+        ) or self.params.penalised:  # fmt: skip
+            raise RequestError(
+                "params: expected n=1, a temperature above 0, no top_p, top_k, min_p and no penalties: a policy "
+                "gradient needs the probabilities answers were drawn with"
+            )
+
+    def draw(self, prompts: Sequence[str]) -> list[RequestOutput]:
+        """An answer to each prompt, each with a seed of its own."""
+        seeds = range(self._drawn, self._drawn + len(prompts))
+        self._drawn += len(prompts)
+        base = self.params.seed or 0
+        params = [replace(self.params, seed=base + seed, rollout=True) for seed in seeds]
+        self.outputs = self.decoder.generate(list(prompts), params, handoff=self.handoff)
+        return self.outputs
+
+    def earned(self) -> list[dict[str, float]]:
+        """Each answer's rewards by name."""
+        return [
+            {name: reward(output, self.references[str(output.prompt)]) for name, reward in self.rewards.items()}
+            for output in self.outputs
+        ]
+
+    def note(self, earned: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The figures of this step: mean of every reward and of their weighted sum, offloading, spans, milliseconds."""
+        metrics = [output.metrics for output in self.outputs]
+        line = {f"reward/{name}": fmean(one[name] for one in earned) for name in self.rewards}
+        line["reward"] = fmean(sum(self.weights.get(k, 1.0) * v for k, v in one.items()) for one in earned)
+        line["offload_fraction"] = fmean(m.offload_fraction for m in metrics)
+        line["spans"] = fmean(m.handoffs for m in metrics)
+        line["tokens"] = fmean(m.tokens for m in metrics)
+        line["ms"] = fmean(sum(one.ms for one in m.models) for m in metrics)
+        self.steps.append(line)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": len(self.steps), **line}) + "\n")
+        return line
+
+
+def make_trainer(
+    policy: Any, tokenizer: Any, rollouts: Rollouts, *, stop: Converged | None = None, **options: Any
+) -> Any:
+    """A TRL GRPOTrainer whose answers are `rollouts` and whose loss is over the small model's acts.
+
+    policy: the small model in transformers, whose vocabulary is the decoder's; options: GRPOConfig's (num_generations,
+    learning_rate, max_steps, ...). Raises RequestError where the extra [train] is missing.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is announced as experimental at every start
+    try:
+        from datasets import Dataset
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise RequestError(f"GRPO needs the extra [train]: pip install 'splitdecode[train]' ({error})") from None
+    tags = rollouts.decoder.tokens
+    entering = tags.entering(Role.SMALL, tags.tags[1])
+    fallback = tokenizer.eos_token_id or 0
+
+    def draw(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        rollouts.decoder.update_weights(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+        found = [_rollout(output) for output in rollouts.draw(prompts)]
+        earned = rollouts.earned()
+        for name, value in rollouts.note(earned).items():
+            trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+        return {
+            "prompt_ids": [one.prompt_token_ids for one in found],
+            "completion_ids": [one.ids or [fallback] for one in found],  # TRL cannot take an empty one
+            "logprobs": [[0.0 if p != p else float(p) for p in one.logprobs] or [0.0] for one in found],
+            "env_mask": [one.sampled.astype(int).tolist() or [0] for one in found],
+            "earned": earned,
+        }
+
+    class Trainer(GRPOTrainer):  # type: ignore[misc]
+        """GRPOTrainer over acts."""
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            out = super()._generate_and_score_completions(inputs)
+            self.drawn = [_rollout(output) for output in rollouts.outputs]
+            out["rollout_index"] = torch.arange(len(self.drawn), device=out["advantages"].device)
+            return out
+
+        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+            device = inputs["advantages"].device
+
+            def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                found: torch.Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                return found
+
+            drawn = [self.drawn[i] for i in inputs["rollout_index"].tolist()]
+            acts = act_logprobs(logits, drawn, entering, temperature=rollouts.params.temperature)
+            loss = policy_loss([one.all() for one in acts], inputs["advantages"], clip=self.epsilon_low)
+            return loss / self.current_gradient_accumulation_steps
+
+    def reward_of(name: str) -> Callable[..., list[float]]:
+        def reward(completions: Any, earned: list[dict[str, float]], **_: Any) -> list[float]:
+            return [one[name] for one in earned]
+
+        reward.__name__ = name
+        return reward
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        """Ends the training when the rewards no longer rise."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            control.should_training_stop |= stop is not None and stop([line["reward"] for line in rollouts.steps])
+            return control
+
+    settings = GRPOConfig(
+        temperature=rollouts.params.temperature,
+        max_completion_length=rollouts.params.max_tokens,
+        reward_weights=[rollouts.weights.get(name, 1.0) for name in rollouts.rewards],
+        **{"report_to": "none", "save_strategy": "no", **options},
+    )
+    return Trainer(
+        model=policy,
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in rollouts.references]),
+        processing_class=tokenizer,
+        reward_funcs=[reward_of(name) for name in rollouts.rewards],
+        rollout_func=draw,
+        callbacks=[Stop()],
+    )
+
+
+def _rollout(output: RequestOutput) -> Rollout:
+    found = output.outputs[0].rollout
+    assert found is not None
+    return found
