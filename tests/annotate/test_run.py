@@ -200,7 +200,8 @@ def hardest(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
     return 200, {}, completion(json.dumps({"snippets": [lines[1], lines[4], lines[-3]]}))
 
 
-def test_killed_and_gone_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "delay"), [(3, 0.05), pytest.param(15, 0.3, marks=pytest.mark.slow)])
+def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> None:
     """Real processes, SIGKILL at random moments, until one run ends by itself: the file is that of an unbroken run."""
     number = 120
     source, out = tmp_path / "traces.jsonl", tmp_path / "out.jsonl"
@@ -208,7 +209,7 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     rng = random.Random(5)
-    with ChatServer(hardest, delay=0.05) as server:
+    with ChatServer(hardest, delay=delay) as server:
         flags = ["--by", "endpoint", "--base-url", server.url, "--model", "m", "--concurrency", "3"]
 
         def start(file: Path) -> subprocess.Popen[bytes]:
@@ -216,12 +217,12 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
             return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
         kills = 0
-        while kills < 3:
+        while kills < most:
             before = out.stat().st_size if out.exists() else 0
             process = start(out)
             while process.poll() is None and (not out.exists() or out.stat().st_size <= before):
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 2.5 * delay))
             sent = signal.SIGKILL if kills else signal.SIGINT  # Ctrl-C is the gentle one: it ends without a word
             process.send_signal(sent)
             _, errors = process.communicate()
@@ -229,7 +230,7 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
                 break  # it was faster
             assert (process.returncode, errors) == (130 if sent is signal.SIGINT else -signal.SIGKILL, b"")
             kills += 1
-        assert kills >= 2
+        assert 2 * kills >= most  # a stalled machine may let one run end
         asked_before = len(server.asked)
         assert len(ids(out)) < number, "killed too late to prove anything"
         process = start(out)
