@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <utility>
 
 namespace splitdecode {
 
@@ -205,20 +204,12 @@ bool Scheduler::reserve(Sequence& sequence, int32_t lane_id, int32_t need) {
         const auto youngest = std::find_if(order_.rbegin(), order_.rend(), [&](const Sequence* other) {
             return other == &sequence || other->resident;
         });
-        // Alone, its pages may lie scattered over extents the other pool needs: once it starts anew, they will not.
-        if (*youngest == &sequence && residents_ == 1 && (arena_ == nullptr || !starts_anew(sequence)))
+        if (*youngest == &sequence && residents_ == 1)
             throw std::logic_error("a sequence outgrew the pool it was admitted to");
         preempt(**youngest);
         if (*youngest == &sequence) return false;
     }
     return true;
-}
-
-// Notes that a sequence gives up all its pages though it is alone. False: it has not come further since the last time.
-bool Scheduler::starts_anew(Sequence& sequence) {
-    int64_t size = 1;
-    for (const Lane& lane : sequence.lanes) size += lane.size();
-    return std::exchange(sequence.alone_at, size) != size;
 }
 
 // Whether somebody waits for pages. What others leave is his: nobody is let in, and nothing runs ahead of need.

@@ -158,7 +158,6 @@ class Scheduler {
     void put_on_shelf(Lane& lane, int32_t lane_id);
     bool take_from_shelf(Sequence& sequence, int32_t lane);
     bool evict_idle(int32_t lane, const Sequence& keep, int32_t keep_lane);
-    bool starts_anew(Sequence& sequence);
     int32_t find_page(Sequence& sequence, int32_t lane);
     bool reserve(Sequence& sequence, int32_t lane, int32_t need);
     bool starving() const;

@@ -186,7 +186,6 @@ class Sequence {
     int32_t followers = 0;
     int64_t arrival = 0;
     int32_t preemptions = 0;
-    int64_t alone_at = 0;                             // ids of its lanes when it last started anew as the only resident
     std::vector<std::pair<int32_t, int32_t>> tag_log; // (content bytes before it, pattern)
     ContentToken ending{-1, 0, 0, no_logprob, 0};     // an EOS or stop token behind the provisional ones; id -1: none
     std::vector<int32_t> draws;

@@ -318,7 +318,7 @@ def test_every_sequence_ends_in_pools_that_hold_barely_one(seed: int) -> None:
     size = chance.choice([1, 2, 4])
     shape = Shape(page_size=size, pages=-(-MAX_LEN // size) + chance.randrange(3), max_len=MAX_LEN, end_ids=())
     shape = replace(shape, extent=chance.choice([0, 1, 2, 3]), shelf=chance.choice([0, 3, 40]))
-    shape = replace(shape, patience=chance.choice([0.0, 1.0, 5.0]), fill=chance.choice([(0, 1 << 30), (4, 2)]))
+    shape = replace(shape, patience=chance.choice([0.0, 1.0, 5.0]), fill=chance.choice([(0, 1 << 30), (4, 2), (0, 1)]))
     shape = replace(shape, depth=1 + seed % 3, caching=seed % 2 == 0, tokens=chance.choice([1, 3, 9]), max_seqs=5)
     world = World(shape)
     write_six(world, chance, 4, 12)

@@ -20,7 +20,7 @@ from splitdecode.train.grpo import Converged, Rollouts, make_trainer
 
 pytest.importorskip("trl")
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
-PARAMS = SamplingParams(temperature=1.3, max_tokens=200, seed=1)
+PARAMS = SamplingParams(temperature=1.6, max_tokens=200, seed=1)
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ def make_trainer(
             "earned": earned,
         }
 
-    class Trainer(GRPOTrainer):  # type: ignore[misc]
+    class Trainer(GRPOTrainer):
         """GRPOTrainer over acts."""
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -164,7 +164,8 @@ def make_trainer(
             drawn = [self.drawn[i] for i in inputs["rollout_index"].tolist()]
             acts = act_logprobs(logits, drawn, entering, temperature=rollouts.params.temperature)
             loss = policy_loss([one.all() for one in acts], inputs["advantages"], clip=self.epsilon_low)
-            return loss / self.current_gradient_accumulation_steps
+            share: torch.Tensor = loss / self.current_gradient_accumulation_steps
+            return share
 
     def reward_of(name: str) -> Callable[..., list[float]]:
         def reward(completions: Any, earned: list[dict[str, float]], **_: Any) -> list[float]:
@@ -173,7 +174,7 @@ def make_trainer(
         reward.__name__ = name
         return reward
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
+    class Stop(TrainerCallback):
         """Ends the training when the rewards no longer rise."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
