@@ -1,4 +1,4 @@
-"""F7: the `splitdecode` command: demo, generate, chat, eval, claims, plan, doctor.
+"""F7: the `splitdecode` command: demo, generate, chat, eval, claims, annotate, plan, doctor.
 
 Exit codes: 0 done, 1 a check or an answer failed, 2 wrong input (one line on stderr says what), 130 interrupted.
 """
@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from splitdecode import demo, doctor, plan
+from splitdecode.annotate import command as annotate
+from splitdecode.annotate import report_command
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import DTYPES, SplitDecoder
 from splitdecode.errors import RequestError, SplitDecodeError
@@ -54,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("claims", "each published figure beside its source, its caveat and our own measurement", claims),
         ("plan", "what a pair of models needs and gives on a GPU, from geometry alone", plan),
         ("doctor", "what this machine can do and what is missing", doctor),
+        ("annotate", "put control tags around the hard parts of reasoning traces", annotate),
+        ("annotate-report", "figures of annotated traces, agreement of two annotations", report_command),
     ):
         command = commands.add_parser(name, help=text, description=text)
         module.add_arguments(command)

@@ -27,6 +27,8 @@ PYTHON_FLOOR = (3, 11)
 TORCH_RANGE = ((2, 9), (2, 14))  # pyproject.toml; the upper end is excluded
 EXTRAS = {
     "transformers": ("compare", "comparing against Hugging Face models"),
+    "httpx": ("annotate", "annotating traces by an endpoint"),
+    "rapidfuzz": ("annotate", "placing snippets that are not verbatim"),
     "matplotlib": ("plot", "drawing plots"),
     "math_verify": ("eval", "scoring mathematics"),
     "lm_eval": ("eval", "tasks of lm-evaluation-harness"),
