@@ -97,7 +97,8 @@ def test_regathering_keeps_the_sum(tokens: list[tuple[float, int]], data: st.Dat
     inner = data.draw(st.lists(st.integers(0, int(edges[-1])), max_size=9))
     units = np.array([0, *sorted(inner), edges[-1]])
     first = next(i for i, (_, size) in enumerate(tokens) if size)  # what no byte carries has nowhere to go before it
-    assert regathered(losses, edges, units).sum() == pytest.approx(losses[first:].sum())
+    if not np.array_equal(edges, units):  # else each token keeps its own
+        assert regathered(losses, edges, units).sum() == pytest.approx(losses[first:].sum())
     assert regathered(losses, edges, edges) is losses
 
 
