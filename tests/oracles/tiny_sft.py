@@ -32,7 +32,7 @@ def save_checkpoint(directory: Path, texts: Sequence[str], *, hidden: int = 48, 
     )
     built.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    built.train_from_iterable(
+    built.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
     built.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])

@@ -1,4 +1,4 @@
-"""Fine-tuning: a random model learns to hand over, a killed run goes on as if nothing had been, wrong input is named."""
+"""Fine-tuning: a random model learns to hand over, a killed run goes on as if it had not been, errors are named."""
 
 from __future__ import annotations
 
@@ -126,6 +126,13 @@ def test_a_finished_run_is_left_as_it_is(base: Path, tmp_path: Path) -> None:
             sft.train(base, traces, tmp_path / "out", other)
 
 
+def test_a_run_that_never_began_gives_way(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="traces: found 8, the shortest of"):
+        sft.train(base, FEW, tmp_path / "out", replace(SHORT, max_length=9))
+    report = sft.train(base, FEW, tmp_path / "out", replace(SHORT, max_steps=1))
+    assert (report.steps, report.left_out) == (1, 0)
+
+
 def test_tags_as_added_tokens(base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -160,13 +167,13 @@ def test_padding_rows_are_used_before_the_matrix_grows(tmp_path: Path) -> None:
 
 def test_the_embedded_pair_keeps_its_tokenizer(tmp_path: Path) -> None:
     """Its Unigram tokenizer is one that AutoTokenizer would not read for a Qwen2: the file must stay what it was."""
-    out = tmp_path / "out"
-    report = sft.train(PAIR / "small", FEW, out, replace(SHORT, max_steps=2, added_tokens=True, learning_rate=1e-5))
-    assert report.losses[0] < 1
+    out, traces = tmp_path / "out", family_traces(["two-products"], 8, 0)
+    report = sft.train(PAIR / "small", traces, out, replace(SHORT, max_steps=2, added_tokens=True, learning_rate=1e-5))
+    assert report.losses[0] < 0.1
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (PAIR / "small" / name).read_bytes()
     with SplitDecoder.from_pretrained(out, PAIR / "large", kv_cache_memory="16MiB") as decoder:
-        answer = decoder.generate(TRACES[0].prompt, SamplingParams(temperature=0, max_tokens=200))[0]
+        answer = decoder.generate(traces[0].prompt, SamplingParams(temperature=0, max_tokens=200))[0]
     assert "<bigmodel>" in answer.outputs[0].raw_text
 
 
@@ -227,7 +234,7 @@ def test_a_missing_extra_is_one_clear_error(
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(MissingExtraError, match=r"needs trl: pip install 'splitdecode\[train\]'"):
         sft.require_extra(Settings())
-    assert cli.main("train sft --model m --output o --families one-product".split()) == 2
+    assert cli.main(["train", "sft", "--model", "m", "--output", "o", "--families", "one-product"]) == 2
     err = capsys.readouterr().err
     assert err == "splitdecode train: supervised fine-tuning needs trl: pip install 'splitdecode[train]'\n"
 

@@ -63,7 +63,7 @@ def test_tokens_that_hold_a_byte_of_a_tag() -> None:
 
 def test_families_give_tagged_training_problems() -> None:
     assert len(family_traces(["one-product", "three-products"], 3, 1)) == 6
-    assert TRACES == family_traces(["one-product"], 10, 0)
+    assert family_traces(["one-product"], 10, 0) == TRACES
     assert all(trace.tagged.count("<bigmodel>") == 1 for trace in TRACES)
     with pytest.raises(RequestError, match="--n: found 0"):
         family_traces(["one-product"], 0, 0)

@@ -54,7 +54,7 @@ def train(
     on_step: OnStep | None = None,
 ) -> Report:
     """Fine-tunes a checkpoint (a directory or a hub id) and saves it to `output`; goes on where that holds a part of
-    the same run. on_step(step, steps in all, last logged loss or None) is called after each step, before its checkpoint.
+    the same run. on_step(step, steps in all, last loss logged or None): after each step, before its checkpoint.
 
     Raises MissingExtraError without the [train] extra, RequestError for traces or an output that do not fit,
     CheckpointError for a model that cannot be used.
@@ -66,6 +66,9 @@ def train(
         raise RequestError(f"--output: found {target}, the model's own directory, expected another one")
     _claim(target, traces, settings, str(model), revision)
     tokenizer, new = write_tokenizer(checkpoint.directory, target, settings.added_tokens)
+    if settings.lora_rank and new:
+        raise RequestError("added_tokens: found with lora_rank, which leaves the embeddings as they are: expected one "
+                           "of the two, or a model that has the tags")  # fmt: skip
     eos_id = _eos_id(checkpoint, tokenizer)
     examples = [encode(trace, tokenizer, eos_id) for trace in traces]
     fitting = [example for example in examples if len(example.input_ids) <= settings.max_length]
@@ -146,7 +149,10 @@ def trainer_class(tag_weight: float) -> type[Any]:
 
 
 def _claim(target: Path, traces: Sequence[Trace], settings: Settings, model: str, revision: str | None) -> None:
-    """The output is empty, or holds this very run: other settings would go on with a wrong schedule or data."""
+    """The output is empty, or holds this very run: other settings would go on with a wrong schedule or data.
+
+    A run that got to no checkpoint, since its input was wrong, say, is no run yet and gives way.
+    """
     data = sha256(json.dumps([[trace.prompt, trace.tagged] for trace in traces]).encode()).hexdigest()
     mine = {"model": model, "revision": revision, "traces": len(traces), "data": data, **asdict(settings)}
     file = target / "run.json"
@@ -156,11 +162,12 @@ def _claim(target: Path, traces: Sequence[Trace], settings: Settings, model: str
         except CheckpointError as error:
             raise RequestError(f"--output: {error}") from None
         differ = [name for name in mine if theirs.get(name) != mine[name]]
-        if differ:
+        if not differ:
+            return
+        if (target / "config.json").exists() or newest_checkpoint(target / "checkpoints") is not None:
             raise RequestError(f"--output: {target} holds a run with {differ[0]} {theirs.get(differ[0])!r}, found "
                                f"{mine[differ[0]]!r}: expected the same to go on, or another directory")  # fmt: skip
-        return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError(f"--output: found {target}, which is no run of this command, expected an empty directory")
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -183,9 +190,6 @@ def _load(directory: Path, tokenizer: Tokenizer, new: list[int], settings: Setti
     from transformers import AutoModelForCausalLM
 
     network: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    if settings.lora_rank and new:
-        raise RequestError("added_tokens: found with lora_rank, which leaves the embeddings as they are: expected one "
-                           "of the two, or a model that has the tags")  # fmt: skip
     grow_embeddings(network, tokenizer.size, new)
     tokenizer.check_against_vocab(network.get_input_embeddings().weight.shape[0], directory / "config.json")
     return network
