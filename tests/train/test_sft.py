@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from oracles.tiny_sft import save_checkpoint
 
 from splitdecode import SamplingParams, SplitDecoder, cli
 from splitdecode.errors import MissingExtraError, RequestError
-from splitdecode.models import load_model
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train import sft
 from splitdecode.train.settings import Settings, preset
@@ -33,22 +31,9 @@ FEW = TRACES[:8]
 SHORT = preset("toy", max_steps=6, global_batch=4, micro_batch=2, save_steps=2)
 
 
-@pytest.fixture(autouse=True)
-def quiet(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
-    """The trainer's packages warn of their own futures; nothing of that is about this code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("sft") / "base", [trace.tagged for trace in TRACES])
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    model = load_model(directory)
-    return {name: tensor for name, tensor in vars(model.weights).items() if isinstance(tensor, torch.Tensor)}
 
 
 def loss_by_hand(directory: Path, traces: list[Trace], tag_weight: float) -> float:
@@ -96,6 +81,7 @@ def saved(directory: Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads that name
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "tag_weight": 2.0}], ids=["all weights", "lora"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = replace(SHORT, **changes)
@@ -180,15 +166,16 @@ def test_the_embedded_pair_keeps_its_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("added", [False, True], ids=["plain text", "added tokens"])
 def test_a_random_model_learns_to_hand_over(base: Path, tmp_path: Path, added: bool) -> None:
-    settings = preset("toy", epochs=24, added_tokens=added, save_steps=1000)
+    settings = preset("toy", epochs=40, added_tokens=added, save_steps=1000)
     report = sft.train(base, TRACES, tmp_path / "out", settings)
     assert report.losses[-1] < report.losses[0] / 4
     assert report.seconds < 60
-    params = SamplingParams(temperature=0, max_tokens=120)
-    with SplitDecoder.from_pretrained(tmp_path / "out", PAIR / "large", kv_cache_memory="16MiB") as decoder:
+    params = SamplingParams(temperature=0, max_tokens=80)
+    with SplitDecoder.from_pretrained(tmp_path / "out", tmp_path / "out", kv_cache_memory="16MiB") as decoder:
         outputs = decoder.generate([trace.prompt for trace in TRACES[:4]], params)
-    assert all("<bigmodel>" in output.outputs[0].raw_text for output in outputs)
-    assert all(output.metrics.large.tokens > 0 for output in outputs)
+    for output in outputs:
+        assert re.match(r"<think>\n[-*0-9]+\n[*0-9]+=<bigmodel>", output.outputs[0].raw_text)
+        assert output.metrics.large.tokens > 0
 
 
 @pytest.mark.slow

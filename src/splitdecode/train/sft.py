@@ -14,6 +14,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -234,31 +235,33 @@ def _arguments(target: Path, settings: Settings) -> Any:
     if settings.global_batch % (settings.micro_batch * processes):
         raise RequestError(f"global_batch: found {settings.global_batch}, expected a multiple of micro_batch "
                            f"{settings.micro_batch} x {processes} processes")  # fmt: skip
-    return SFTConfig(
-        output_dir=str(target / "checkpoints"),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
-        warmup_steps=settings.warmup_ratio,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.global_batch // (settings.micro_batch * processes),
-        max_length=settings.max_length,
-        packing=settings.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        seed=settings.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
+    with warnings.catch_warnings():  # TRL 1.16 reads that name, and so does its default
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        return SFTConfig(
+            output_dir=str(target / "checkpoints"),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
+            warmup_steps=settings.warmup_ratio,
+            per_device_train_batch_size=settings.micro_batch,
+            gradient_accumulation_steps=settings.global_batch // (settings.micro_batch * processes),
+            max_length=settings.max_length,
+            packing=settings.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            bf16=settings.bf16,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            save_strategy="steps",
+            save_steps=settings.save_steps,
+            save_total_limit=2,
+            logging_steps=1,
+            seed=settings.seed,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+        )
 
 
 def _lora(settings: Settings) -> Any:
