@@ -40,7 +40,10 @@ def loss_by_hand(directory: Path, traces: list[Trace], tag_weight: float) -> flo
     """Mean over all trained tokens of weight times -log p, a trace at a time, without the trainer."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), Tokenizer.from_directory(directory)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(),
+        Tokenizer.from_directory(directory),
+    )
     total, count = 0.0, 0
     for trace in traces:
         example = encode(trace, tokenizer, tokenizer.eos_id or 0)
@@ -63,6 +66,15 @@ def test_the_loss_is_the_one_computed_by_hand(base: Path, tmp_path: Path, change
     settings = preset("toy", **{"max_steps": 1, "global_batch": 8, "micro_batch": 4, "max_length": 512, **changes})
     report = sft.train(base, FEW, tmp_path / "out", settings)
     assert report.losses[0] == pytest.approx(loss_by_hand(base, FEW, settings.tag_weight), rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_packed_traces_do_not_see_each_other(tmp_path: Path, packing: bool) -> None:
+    """A trained model, which would be lost at wrong positions or in another problem's numbers."""
+    traces = family_traces(["two-products"], 8, 0)
+    settings = preset("toy", max_steps=1, packing=packing, micro_batch=1, max_length=700, tag_weight=2.0)
+    report = sft.train(PAIR / "small", traces, tmp_path / "out", settings)
+    assert report.losses[0] == pytest.approx(loss_by_hand(PAIR / "small", traces, 2.0), rel=1e-3)
 
 
 class Killed(Exception):
