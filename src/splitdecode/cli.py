@@ -1,4 +1,4 @@
-"""F7: the `splitdecode` command: demo, generate, chat, eval, claims, annotate, plan, doctor.
+"""F7: the `splitdecode` command: demo, generate, chat, eval, annotate, train, claims, plan, doctor.
 
 Exit codes: 0 done, 1 a check or an answer failed, 2 wrong input (one line on stderr says what), 130 interrupted.
 """
@@ -28,6 +28,7 @@ from splitdecode.split.policies import ControlTags, HandoffPolicy, LargeOnly, Ra
 from splitdecode.split.roles import Role
 from splitdecode.split.tracing import traced
 from splitdecode.terminal import legend, show
+from splitdecode.train import command as training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text, module in (
         ("demo", "solve a handful of problems with the embedded pair", demo),
         ("eval", "accuracy and cost of every policy, on synthetic families, data sets, tasks of lm-eval", evaluation),
+        ("train", "teach a small model when to hand over", training),
         ("claims", "each published figure beside its source, its caveat and our own measurement", claims),
         ("plan", "what a pair of models needs and gives on a GPU, from geometry alone", plan),
         ("doctor", "what this machine can do and what is missing", doctor),

@@ -1,1 +1,8 @@
-"""F7: teaching the small model when to hand over (docs/training.md)."""
+"""F7: teaching the small model when to hand over.
+
+rewards   what an answer is worth: accuracy, format, tag_count, latency
+traces    tagged solutions as ids and labels          settings   a run's numbers: presets, flags, checks
+sft       supervised fine-tuning on tagged traces     export     a directory that the runtime can load
+objective the log-probability of an answer, act by act, and the loss over it       grpo   with the pair's own rollouts
+command   `splitdecode train`
+"""

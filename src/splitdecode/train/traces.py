@@ -1,0 +1,110 @@
+"""F7: tagged solutions as ids and labels, in the very tokens the runtime would read them in.
+
+    prompt       32*51-143.\\n        encoded as a prompt, BOS included           labels -100
+    completion   <think>\\n32*51=<bigmodel>1632</bigmodel>\\n...  + EOS           labels = ids
+
+A completion is encoded by itself: at the seam the model must write what it will see there. What stands inside the tags
+is trained on too: a model that is never shown that a span goes on learns to close it at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from splitdecode.errors import RequestError
+from splitdecode.families import stream, tagged
+from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
+
+IGNORED = -100
+_TAG = re.compile(f"{re.escape(OPEN_TAG)}|{re.escape(CLOSE_TAG)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A prompt, as the model will be given it, and the solution it should write: tags balanced, not nested."""
+
+    prompt: str
+    tagged: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Ids, labels (IGNORED in the prompt) and whether a token holds a byte of a control tag; equally long lists."""
+
+    input_ids: list[int]
+    labels: list[int]
+    in_tag: list[bool]
+
+
+def read_traces(file: Path) -> list[Trace]:
+    """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming file and line."""
+    try:
+        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise RequestError(f"--data: {file}: found no text to read ({reason})") from None
+    traces = [_trace(f"--data: {file}:{n}", line) for n, line in lines]
+    if not traces:
+        raise RequestError(f"--data: {file}: found no traces, expected one JSON object a line")
+    return traces
+
+
+def family_traces(names: Sequence[str], number: int, seed: int) -> list[Trace]:
+    """`number` training problems of each family, with tags around what is hard. Raises RequestError."""
+    if number < 1:
+        raise RequestError(f"--n: found {number}, expected at least 1")
+    found = [problem for name in names for problem in islice(stream(seed, name, "train"), number)]
+    return [Trace(problem.prompt, tagged(problem)) for problem in found]
+
+
+def check_tags(text: str, where: str) -> None:
+    """Raises RequestError unless every opening tag is closed before the next one opens, and nothing else is closed."""
+    expected, other = OPEN_TAG, CLOSE_TAG
+    for found in _TAG.finditer(text):
+        if found[0] != expected:
+            raise RequestError(f"{where}: tagged: found {found[0]} at character {found.start()}, expected {expected}")
+        expected, other = other, expected
+    if expected == CLOSE_TAG:
+        raise RequestError(f"{where}: tagged: found an {OPEN_TAG} that nothing closes")
+
+
+def encode(trace: Trace, tokenizer: Tokenizer, eos_id: int) -> Example:
+    """A trace in the tokens of a checkpoint, EOS behind it. Raises RequestError for what it cannot spell."""
+    prompt, completion = tokenizer.encode(trace.prompt), tokenizer.encode_inserted(trace.tagged)
+    if not prompt:
+        raise RequestError("prompt: found no tokens, expected at least one")
+    in_tag = [False] * len(prompt) + tag_tokens(trace.tagged, [tokenizer.token_bytes[i] for i in completion]) + [False]
+    return Example([*prompt, *completion, eos_id], [IGNORED] * len(prompt) + [*completion, eos_id], in_tag)
+
+
+def tag_tokens(text: str, tokens: Sequence[bytes]) -> list[bool]:
+    """Which of the tokens, whose bytes together are the text, hold a byte of a control tag; `.</` does."""
+    inside = bytearray(len(text.encode()))
+    for found in re.finditer(_TAG.pattern.encode(), text.encode()):
+        inside[found.start() : found.end()] = b"\x01" * (found.end() - found.start())
+    marks, at = [], 0
+    for token in tokens:
+        marks.append(any(inside[at : at + len(token)]))
+        at += len(token)
+    return marks
+
+
+def _trace(where: str, line: str) -> Trace:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "tagged")):
+        found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+        raise RequestError(f"{where}: found {found or 'no fields'}, expected an object with the texts "
+                           "'prompt' and 'tagged'")  # fmt: skip
+    check_tags(row["tagged"], where)
+    if not row["prompt"] or not row["tagged"]:
+        raise RequestError(f"{where}: found an empty text, expected a 'prompt' and a 'tagged' solution")
+    return Trace(row["prompt"], row["tagged"])

@@ -1,0 +1,137 @@
+"""Traces as ids and labels: exact bytes, masked prompts, tokens that hold a byte of a tag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from oracles.tiny_sft import save_checkpoint
+
+from splitdecode.errors import RequestError
+from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.train.settings import Settings, preset
+from splitdecode.train.traces import IGNORED, Trace, check_tags, encode, family_traces, read_traces, tag_tokens
+
+TRACES = family_traces(["one-product"], 10, 0)
+PAIR = Path(__file__).resolve().parents[2] / "src/splitdecode/data/tiny-pair/small"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("traces") / "model"
+    return Tokenizer.from_directory(save_checkpoint(folder, [trace.tagged for trace in TRACES]))
+
+
+def test_the_prompt_is_masked_and_the_rest_is_not(tokenizer: Tokenizer) -> None:
+    eos = tokenizer.eos_id
+    assert eos is not None
+    for trace in TRACES:
+        example = encode(trace, tokenizer, eos)
+        prompt = tokenizer.encode(trace.prompt)
+        assert example.input_ids[: len(prompt)] == prompt
+        assert example.labels == [IGNORED] * len(prompt) + example.input_ids[len(prompt) :]
+        assert example.input_ids[-1] == eos
+        assert tokenizer.decode(example.labels[len(prompt) : -1]) == trace.tagged
+        assert len(example.in_tag) == len(example.labels)
+
+
+def test_single_added_tags_are_one_token() -> None:
+    tokenizer = Tokenizer.from_directory(PAIR)
+    example = encode(TRACES[0], tokenizer, 0)
+    marked = [i for i, tag in zip(example.input_ids, example.in_tag, strict=True) if tag]
+    assert marked == [tokenizer.id_of("<bigmodel>"), tokenizer.id_of("</bigmodel>")]
+
+
+def test_tokens_that_hold_a_byte_of_a_tag() -> None:
+    tokens = [
+        b"a.",
+        b" <",
+        b"big",
+        b"model",
+        b">The",
+        b" x",
+        b".</",
+        b"bigmodel",
+        b">\n\n",
+        b"<bigmod",
+        b"\xc3",
+        b"\xa9",
+    ]
+    text = b"".join(tokens).decode()
+    assert tag_tokens(text, tokens) == [False, *[True] * 4, False, True, True, True, False, False, False]
+
+
+def test_families_give_tagged_training_problems() -> None:
+    assert len(family_traces(["one-product", "three-products"], 3, 1)) == 6
+    assert family_traces(["one-product"], 10, 0) == TRACES
+    assert all(trace.tagged.count("<bigmodel>") == 1 for trace in TRACES)
+    with pytest.raises(RequestError, match="--n: found 0"):
+        family_traces(["one-product"], 0, 0)
+    with pytest.raises(RequestError, match="family: found 'x'"):
+        family_traces(["x"], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("</bigmodel>", "found </bigmodel> at character 0, expected <bigmodel>"),
+        ("<bigmodel>a<bigmodel>", "found <bigmodel> at character 11, expected </bigmodel>"),
+        ("a<bigmodel>", "found an <bigmodel> that nothing closes"),
+    ],
+)
+def test_unbalanced_tags_are_refused(text: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        check_tags(text, "x")
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+    file.write_text('{"prompt": "p", "tagged": "a\\u2028<bigmodel>b</bigmodel>", "id": 1}\n\n')
+    assert read_traces(file) == [Trace("p", "a\u2028<bigmodel>b</bigmodel>")]
+    for text, said in (
+        ("", "found no traces"),
+        ("\n\n{", r"traces.jsonl:3: not JSON"),
+        ("[]", "found list, expected an object with the texts 'prompt' and 'tagged'"),
+        ('{"prompt": "p"}', "found 'prompt', expected an object"),
+        ('{"prompt": "p", "tagged": 1}', "expected an object"),
+        ('{"prompt": "p", "tagged": ""}', "found an empty text"),
+        ('{"prompt": "p", "tagged": "<bigmodel>"}', "that nothing closes"),
+    ):
+        file.write_text(text)
+        with pytest.raises(RequestError, match=said):
+            read_traces(file)
+    with pytest.raises(RequestError, match="found no text to read"):
+        read_traces(tmp_path)
+    file.write_bytes(b"\xff")
+    with pytest.raises(RequestError, match="not UTF-8"):
+        read_traces(file)
+
+
+def test_presets_and_what_goes_over_them() -> None:
+    paper = preset("paper")
+    assert (paper.epochs, paper.learning_rate, paper.min_lr_ratio, paper.warmup_ratio) == (3, 5e-5, 0.1, 0.05)
+    assert (paper.global_batch, paper.max_length, paper.packing, paper.bf16) == (64, 16384, True, True)
+    assert preset("toy", epochs=2, packing=True).packing
+    assert not preset("toy").bf16
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "epochs: found 0, expected a finite number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: found nan"),
+        ({"warmup_ratio": 1}, "warmup_ratio: found 1"),
+        ({"global_batch": 6, "micro_batch": 4}, "global_batch: found 6, expected a multiple of micro_batch, 4"),
+        ({"packing": 1}, "packing: found 1, expected true or false"),
+        ({"tag_weight": -1}, "tag_weight: found -1"),
+        ({"max_steps": 0}, "max_steps: found 0"),
+        ({"speed": 1}, "settings: found 'speed', expected epochs, "),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        preset("toy", **changes)
+    assert str(raised.value).startswith(said)
+    with pytest.raises(RequestError, match="preset: found 'x'"):
+        preset("x")
+    assert Settings().tag_weight == 1
