@@ -7,9 +7,9 @@ Two stages, both from the embedded small-base, both in this process and on one t
     over-tagging   supervised: tags around every product, and around sums, results and boxes with probability 0.6
     GRPO           accuracy + --weight times a latency term; the large model writes in the rollouts
 
-The latency term is, per answer and over what the large model alone would cost: modelled = steps of each model at the
-cost of its calls in this process, measured once; measured = the models' milliseconds as they were; coverage = the
-published shaping, of the share of characters inside tags (it likes 40 %).
+The latency terms are those of splitdecode/train/rewards.py: modelled = counters at costs fitted once, in this process;
+measured = the models' milliseconds as they were; coverage = the published shaping, of the share of characters inside
+tags, which likes 40 %.
 
 Before and after: --n held-out problems, greedy. The last line is one JSON document.
 """
@@ -34,11 +34,12 @@ from harness import finish, machine, show_table, use_threads
 from torch import Tensor
 
 import splitdecode
-from splitdecode import RequestOutput, SamplingParams, SplitDecoder
+from splitdecode import ControlTags, LargeOnly, RequestOutput, SamplingParams, SplitDecoder
 from splitdecode.families import Problem, boxed, problems, stream, tagged
 from splitdecode.split.roles import Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
 from splitdecode.train.grpo import Rollouts, make_trainer
+from splitdecode.train.rewards import Answer, CostModel, Latency, latency
 
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
 _MORE = re.compile(r"((?:^sum |^left |\\boxed\{))(\d+)", re.MULTILINE)
@@ -114,30 +115,17 @@ def right(output: RequestOutput, problem: Problem) -> float:
 
 
 def latency_terms(decoder: SplitDecoder) -> dict[str, Callable[[RequestOutput, Problem], float]]:
-    """The three, each over what the large model alone would cost for a mean answer."""
-    tasks = problems(16, 99)
-    cost = {}
-    for role in Role:
-        decoder.engine.runners[role].cache.pool.clear_cache()
-    outputs = decoder.generate([task.prompt for task in tasks], SamplingParams(temperature=0.0, max_tokens=260))
-    for role in Role:
-        work = [output.metrics.models[role] for output in outputs]
-        cost[role] = sum(w.write_ms for w in work) / sum(w.writes for w in work)
-    alone = cost[Role.LARGE] * 150
+    """The three of train/rewards.py, over what the large model alone would cost for as many tokens."""
+    params, asked = SamplingParams(temperature=0.0, max_tokens=260), [task.prompt for task in problems(32, 99)]
+    runs = [
+        output for policy in (ControlTags(), LargeOnly()) for output in decoder.generate(asked, params, handoff=policy)
+    ]
+    cost = CostModel.calibrate([output.metrics for output in runs])
 
-    def modelled(output: RequestOutput, problem: Problem) -> float:
-        return -sum(cost[role] * output.metrics.models[role].forwards for role in Role) / alone
+    def term(kind: Latency) -> Callable[[RequestOutput, Problem], float]:
+        return lambda output, _: latency(Answer(output.outputs[0].raw_text, None, output.metrics), kind, cost)
 
-    def measured(output: RequestOutput, problem: Problem) -> float:
-        return -sum(one.ms for one in output.metrics.models) / alone
-
-    def coverage(output: RequestOutput, problem: Problem) -> float:
-        text = output.outputs[0].raw_text
-        inside = sum(len(found[1]) for found in re.finditer(f"{OPEN_TAG}(.*?){CLOSE_TAG}", text, re.DOTALL))
-        share = inside / len(text) if text else 0.0
-        return share / 0.4 if share < 0.4 else 1 - 2 * (share - 0.4) / 0.6
-
-    return {"modelled": modelled, "measured": measured, "coverage": coverage}
+    return {str(kind): term(kind) for kind in Latency}
 
 
 def reinforce(decoder: SplitDecoder, state: dict[str, Tensor], name: str, seed: int, args: argparse.Namespace) -> Any:

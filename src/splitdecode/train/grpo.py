@@ -25,7 +25,7 @@ import torch
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
-from splitdecode.errors import RequestError
+from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy
 from splitdecode.split.roles import Role
@@ -118,7 +118,7 @@ def make_trainer(
     """A TRL GRPOTrainer whose answers are `rollouts` and whose loss is over the small model's acts.
 
     policy: the small model in transformers, whose vocabulary is the decoder's; options: GRPOConfig's (num_generations,
-    learning_rate, max_steps, ...). Raises RequestError where the extra [train] is missing.
+    learning_rate, max_steps, ...). Raises MissingExtraError without the extra [train].
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is announced as experimental at every start
     try:
@@ -126,7 +126,7 @@ def make_trainer(
         from transformers import TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
-        raise RequestError(f"GRPO needs the extra [train]: pip install 'splitdecode[train]' ({error})") from None
+        raise MissingExtraError(error.name or "trl", "train", "GRPO") from error
     tags = rollouts.decoder.tokens
     entering = tags.entering(Role.SMALL, tags.tags[1])
     fallback = tokenizer.eos_token_id or 0
