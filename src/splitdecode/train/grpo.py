@@ -66,7 +66,6 @@ class Rollouts:
     log: Path | None = None
     outputs: list[RequestOutput] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
-    _drawn: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(self.rewards)
@@ -80,12 +79,10 @@ class Rollouts:
                 "gradient needs the probabilities answers were drawn with"
             )
 
-    def draw(self, prompts: Sequence[str]) -> list[RequestOutput]:
-        """An answer to each prompt, each with a seed of its own."""
-        seeds = range(self._drawn, self._drawn + len(prompts))
-        self._drawn += len(prompts)
-        base = self.params.seed or 0
-        params = [replace(self.params, seed=base + seed, rollout=True) for seed in seeds]
+    def draw(self, prompts: Sequence[str], step: int = 0) -> list[RequestOutput]:
+        """An answer to each prompt, each with a seed of its own: a step's answers are the same after a restart."""
+        first = (self.params.seed or 0) + step * len(prompts)
+        params = [replace(self.params, seed=first + number, rollout=True) for number in range(len(prompts))]
         self.outputs = self.decoder.generate(list(prompts), params, handoff=self.handoff)
         return self.outputs
 
@@ -96,7 +93,7 @@ class Rollouts:
             for output in self.outputs
         ]
 
-    def note(self, earned: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    def note(self, earned: Sequence[Mapping[str, float]], step: int) -> dict[str, float]:
         """The figures of this step: mean of every reward and of their weighted sum, offloading, spans, milliseconds."""
         metrics = [output.metrics for output in self.outputs]
         line = {f"reward/{name}": fmean(one[name] for one in earned) for name in self.rewards}
@@ -108,7 +105,7 @@ class Rollouts:
         self.steps.append(line)
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": len(self.steps), **line}) + "\n")
+                file.write(json.dumps({"step": step, **line}) + "\n")
         return line
 
 
@@ -133,9 +130,9 @@ def make_trainer(
 
     def draw(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
         rollouts.decoder.update_weights(trainer.accelerator.unwrap_model(trainer.model).state_dict())
-        found = [_rollout(output) for output in rollouts.draw(prompts)]
+        found = [_rollout(output) for output in rollouts.draw(prompts, trainer.state.global_step)]
         earned = rollouts.earned()
-        for name, value in rollouts.note(earned).items():
+        for name, value in rollouts.note(earned, trainer.state.global_step + 1).items():
             trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
         return {
             "prompt_ids": [one.prompt_token_ids for one in found],
