@@ -74,6 +74,8 @@ class SplitDecoder:
         self.vocab_limits = Pair.of(lambda r: min(models[r].config.vocab_size, tokenizers[r].size))
         if self.tokens.same:  # an id only one of them knows cannot be handed over
             self.vocab_limits = Pair(*[min(self.vocab_limits)] * 2)
+        drawable = Pair.of(lambda r: self.tokens.drawable(r, self.vocab_limits[r]))
+        self.vocab_limits = drawable.map(lambda found: found[0])
         longest = models.map(lambda m: min(m.config.max_positions, config.max_model_len or m.config.max_positions))
         self.memory = memory = make_memory(list(models), config, list(longest))
         self.max_len = longest.map(lambda most: min(most, memory.max_len))
@@ -84,7 +86,7 @@ class SplitDecoder:
                 config,
                 self.max_len[r],
                 self.vocab_limits[r],
-                banned_ids=self.tokens.containing_tag(r) if r is Role.LARGE else (),
+                banned_ids=drawable[r][1],
                 entering_ids=self.tokens.entering(r, self.tokens.tags[0]) if r is Role.SMALL else (),
                 eos_ids=eos_ids[r],
             )

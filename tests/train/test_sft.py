@@ -183,7 +183,7 @@ def test_a_random_model_learns_to_hand_over(base: Path, tmp_path: Path, added: b
     assert report.losses[-1] < report.losses[0] / 4
     assert report.seconds < 60
     params = SamplingParams(temperature=0, max_tokens=80)
-    with SplitDecoder.from_pretrained(tmp_path / "out", tmp_path / "out", kv_cache_memory="16MiB") as decoder:
+    with SplitDecoder.from_pretrained(tmp_path / "out", base, kv_cache_memory="16MiB") as decoder:
         outputs = decoder.generate([trace.prompt for trace in TRACES[:4]], params)
     for output in outputs:
         assert re.match(r"<think>\n[-*0-9]+\n[*0-9]+=<bigmodel>", output.outputs[0].raw_text)

@@ -32,7 +32,7 @@ def prompt_ids(tokens: PairTokens, prompt: Prompt, other: Prompt | None, limits:
     text = _text(prompt)
     if text is not None:
         return Pair(first, _encode(tokens, Role.LARGE, text, limits[Role.LARGE]))
-    return Pair(first, tokens.project(Role.SMALL, first))
+    return Pair(first, _encode(tokens, Role.LARGE, tokens.project(Role.SMALL, first), limits[Role.LARGE]))
 
 
 def cache_salt(prompt: Prompt) -> bytes:

@@ -35,6 +35,7 @@ class PairTokens:
         self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
         self.vocabularies = tokenizers.map(_vocabulary)
         self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
+        self._own_tags = [i for i in map(tokenizers[Role.SMALL].id_of, (*tags, *others)) if i is not None]
         self._never_said = self._unsayable((*tags, *others))
         self._check_residues((*tags, *others))
 
@@ -104,6 +105,17 @@ class PairTokens:
         """Ids whose text holds a whole control tag: the large model must not write them."""
         tags = [tag.encode() for tag in self.tags]
         return [i for i, text in enumerate(self.tokenizers[role].token_bytes) if any(tag in text for tag in tags)]
+
+    def drawable(self, role: Role, limit: int) -> tuple[int, list[int]]:
+        """What a model may draw where both share ids below `limit`: a limit of its own, and the banned ids below that.
+
+        A tag that is an added token of the small model alone lies beyond what both share, and is never handed over.
+        """
+        if role is Role.LARGE:
+            return limit, self.containing_tag(role)
+        own = set(self._own_tags)
+        most = max([limit, *(i + 1 for i in own)])
+        return most, [i for i in range(limit, most) if i not in own]
 
     def entering(self, role: Role, tag: str) -> list[int]:
         """Ids that hold `tag` or end in a part of it, read on their own."""

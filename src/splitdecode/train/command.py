@@ -2,6 +2,7 @@
 
 splitdecode train sft --model M --data traces.jsonl --output out --preset paper
 splitdecode train sft --model M --families two-products,one-product --n 2000 --output out --preset toy --epochs 4
+splitdecode train grpo --small S --large L --data questions.jsonl --output out --preset paper
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from splitdecode.errors import RequestError
 from splitdecode.families import FAMILIES
-from splitdecode.train import sft
+from splitdecode.train import grpo_run, sft
 from splitdecode.train.settings import PRESETS, Settings, preset
 from splitdecode.train.traces import Trace, family_traces, read_traces
 
@@ -43,7 +44,7 @@ _FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `splitdecode train sft`; the one way to train so far."""
+    """The flags of `splitdecode train sft` and `splitdecode train grpo`."""
     ways = parser.add_subparsers(dest="way", required=True, metavar="way")
     one = ways.add_parser("sft", help="supervised fine-tuning on tagged traces")
     one.add_argument("--model", required=True, help="directory or hub id of the model to tune")
@@ -60,9 +61,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _FLAGS.items():
         numbers.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
 
+    other = ways.add_parser("grpo", help="reinforcement, with the large model at work in the rollouts")
+    other.add_argument("--small", required=True, help="directory or hub id of the model to tune")
+    other.add_argument("--large", required=True, help="directory or hub id of the model it hands over to")
+    other.add_argument("--output", required=True, type=Path, help="a new directory, or one of a run to go on with")
+    other.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "prompt" and "answer"')
+    other.add_argument("--families", help=f"or synthetic families, training problems: {', '.join(FAMILIES)}")
+    other.add_argument("--n", type=int, default=1000, help="problems per family (default 1000)")
+    other.add_argument("--preset", default="paper", choices=PRESETS, help="where the numbers below come from")
+    group = other.add_argument_group("settings (default: the preset's)")
+    for field in fields(grpo_run.GrpoSettings):
+        kind = type(field.default)
+        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__)
+
 
 def main(args: argparse.Namespace) -> int:
     """Trains; 0 when the tuned model is saved."""
+    return reinforce(args) if args.way == "grpo" else tune(args)
+
+
+def reinforce(args: argparse.Namespace) -> int:
+    """`splitdecode train grpo`."""
+    given = {field.name: getattr(args, field.name) for field in fields(grpo_run.GrpoSettings)}
+    settings = grpo_run.preset(args.preset, **{name: value for name, value in given.items() if value is not None})
+    if (args.data is None) == (args.families is None):
+        raise RequestError("--data and --families: expected one of them")
+    names = [] if args.families is None else [part.strip() for part in args.families.split(",")]
+    questions = (
+        grpo_run.read_questions(args.data) if args.data else grpo_run.family_questions(names, args.n, settings.seed)
+    )
+    steps = grpo_run.train(args.small, args.large, questions, args.output, settings)
+    for when, line in (("first step", steps[:1]), ("last step", steps[-1:])):
+        for figures in line:
+            print(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    print(f"saved to {args.output}")
+    return 0
+
+
+def tune(args: argparse.Namespace) -> int:
+    """`splitdecode train sft`."""
     settings = settings_of(args)
     sft.require_extra(settings)
     traces = _traces(args, settings)

@@ -23,6 +23,7 @@ from splitdecode.families import problems
 from splitdecode.models.checkpoint import open_checkpoint
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, LargeOnly
+from splitdecode.split.roles import Pair
 from splitdecode.train.export import write_model, write_tokenizer
 from splitdecode.train.grpo import Converged, Rollouts, make_trainer
 from splitdecode.train.rewards import Answer, CostModel, Latency, combine
@@ -139,14 +140,13 @@ def train(
     if tokens.eos_id is None:
         raise CheckpointError(f"{checkpoint.directory}: expected an EOS token, found none: answers would not end")
     eos = tokens.decode([tokens.eos_id], skip_special_tokens=False)
-    words = PreTrainedTokenizerFast(
-        tokenizer_file=str(checkpoint.directory / "tokenizer.json"), eos_token=eos, pad_token=eos
-    )
+    fast: Any = PreTrainedTokenizerFast
+    words = fast(tokenizer_file=str(checkpoint.directory / "tokenizer.json"), eos_token=eos, pad_token=eos)
     policy: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
     found = newest_checkpoint(target / "checkpoints")
     done = 0 if found is None else int(found.name.rpartition("-")[2])
     rollouts = Rollouts(
-        decoder, questions, _rewards(decoder, questions, settings),
+        decoder, questions, _rewards(decoder, questions, settings, target / "cost.json"),
         SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed),
         weights_of(settings.rewards), log=_log(target, done),
     )  # fmt: skip
@@ -162,14 +162,21 @@ def train(
     return rollouts.steps
 
 
-def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings) -> dict[str, Any]:
-    """One function per term; where time counts, costs are fitted first, to answers of the pair and of `large` alone."""
+def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, file: Path) -> dict[str, Any]:
+    """One function per term. Where time counts, costs are fitted first, to answers of the pair and of the large model
+    alone, and kept in `file`: a run that goes on goes on with them."""
     weights, cost = weights_of(settings.rewards), None
     if "latency" in weights and settings.latency != Latency.COVERAGE:
-        asked = list(questions)[:_CALIBRATE]
-        params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed)
-        runs = [o for policy in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=policy)]
-        cost = CostModel.calibrate([output.metrics for output in runs])
+        if not file.is_file():
+            asked = list(questions)[:_CALIBRATE]
+            params = SamplingParams(
+                temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
+            )
+            runs = [o for p in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=p)]
+            fitted = CostModel.calibrate([output.metrics for output in runs])
+            file.write_text(json.dumps([list(fitted.forward_ms), list(fitted.token_ms)]) + "\n", "utf-8")
+        forward_ms, token_ms = json.loads(file.read_text("utf-8"))
+        cost = CostModel(Pair(*forward_ms), Pair(*token_ms))
     reward = combine(weights, scoring=settings.scoring, kind=settings.latency, cost=cost)
 
     def term(name: str) -> Any:
