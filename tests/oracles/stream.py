@@ -66,9 +66,7 @@ class Oracle:
     def draw(self, role: Role, stream: int, position: int | None = None, step: int = 0) -> int:
         ids = self.lanes[role]
         here = len(ids) if position is None else position
-        own = stream in (WRITE_SMALL, WRITE_LARGE)
         attempt = self.attempt[0] if stream == WRITE_SMALL and self.attempt[1] == len(ids) else 0
-        start = len(self.prompts[role])
         table = self.spec.tokenizers[role].token_bytes
         margins: Margins | None = None if self.margins is None else []
         token = sample_row(
@@ -82,10 +80,10 @@ class Oracle:
             vocab_limit=self.spec.vocab_limit[role],
             banned=[i for i, t in enumerate(table) if role is LARGE and any(g.encode() in t for g in self.spec.tags)],
             entering=[i for i, t in enumerate(table) if enters(t, self.spec.tags[0].encode())],
-            suppress=own and len(self.content) < self.params.min_tokens,
+            suppress=stream in (WRITE_SMALL, WRITE_LARGE) and len(self.content) < self.params.min_tokens,
             stop_ids=[*self.spec.eos[role], *self.params.stop_ids],
             prompt_ids=self.prompts[role],
-            output_ids=[t for p, t in enumerate(ids) if p >= start and p not in self.marks[role]],
+            output_ids=[t for p, t in enumerate(ids) if p >= len(self.prompts[role]) and p not in self.marks[role]],
             margins=margins,
         )
         assert token >= 0
@@ -280,7 +278,7 @@ class Oracle:
 
     def large_turn(self) -> None:
         """Writes until the small model has the pen."""
-        tagged = self.policy.owner(len(self.content)) is None
+        tagged = self.tagged = self.policy.owner(len(self.content)) is None
         self.last = self.span + self.tokens_left()
         self.mark = nearest(self.last, self.span + self.spec.max_span if tagged else self.policy.next_mark(self.span))
         if not self.policy.reads_along:
@@ -297,20 +295,15 @@ class Oracle:
             waiting += [] if ending else [token]
             final = ending or self.at_limit(len(waiting))
             if waiting and (self.spec.same or final or whole_characters(self.words(LARGE, t) for t in waiting)):
-                outcome = self.read(waiting, tagged)
-                if outcome:
+                if outcome := self.read(waiting, tagged):
                     return self.force() if outcome == "mark" else None
                 waiting = []
             if ending:
                 self.end(LARGE, token)
 
     def at_limit(self, waiting: int) -> bool:
-        count = len(self.content) + waiting
-        limits = [n for n in (self.params.max_tokens, self.mark if self.tagged_span() else self.last) if n is not None]
-        return any(count >= n for n in limits) or len(self.lanes[1]) >= self.spec.max_len[1]
-
-    def tagged_span(self) -> bool:
-        return self.policy.owner(self.span) is None
+        limits = [n for n in (self.params.max_tokens, self.mark if self.tagged else self.last) if n is not None]
+        return any(len(self.content) + waiting >= n for n in limits) or len(self.lanes[1]) >= self.spec.max_len[1]
 
     def read(self, tokens: list[int], tagged: bool) -> str:
         """The small model reads a stretch of large tokens, asked at each of its prefixes: '', 'mark' or 'closed'."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import splitdecode
 from splitdecode import SamplingParams, SplitDecoder
 from splitdecode.cli import main
-from splitdecode.errors import RequestError
+from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import problems
 from splitdecode.models import load_model
 from splitdecode.train import grpo_run
@@ -123,6 +124,13 @@ def test_questions_from_lines(tmp_path: Path) -> None:
     file.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "2+2"}\n', "utf-8")
     with pytest.raises(RequestError, match=r"line 2: expected an object"):
         grpo_run.read_questions(file)
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtraError, match=r"GRPO needs trl: pip install 'splitdecode\[train\]'"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_is_not_written_over(tmp_path: Path) -> None:

@@ -4,5 +4,6 @@ rewards   what an answer is worth: accuracy, format, tag_count, latency
 traces    tagged solutions as ids and labels          settings   a run's numbers: presets, flags, checks
 sft       supervised fine-tuning on tagged traces     export     a directory that the runtime can load
 objective the log-probability of an answer, act by act, and the loss over it       grpo   with the pair's own rollouts
+grpo_run  one GRPO run, from settings to a directory     output    whose a directory is, where a run goes on
 command   `splitdecode train`
 """

@@ -18,7 +18,7 @@ from typing import Any
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
-from splitdecode.errors import CheckpointError, RequestError
+from splitdecode.errors import CheckpointError, MissingExtraError, RequestError
 from splitdecode.families import problems
 from splitdecode.models.checkpoint import open_checkpoint
 from splitdecode.split.outputs import RequestOutput
@@ -26,8 +26,8 @@ from splitdecode.split.policies import ControlTags, LargeOnly
 from splitdecode.split.roles import Pair
 from splitdecode.train.export import write_model, write_tokenizer
 from splitdecode.train.grpo import Converged, Rollouts, make_trainer
+from splitdecode.train.output import claim, newest_checkpoint, step_of
 from splitdecode.train.rewards import Answer, CostModel, Latency, combine
-from splitdecode.train.sft import newest_checkpoint
 
 PRESETS = ("paper", "toy")
 _CALIBRATE = 16  # questions whose answers the cost model is fitted to, under two policies
@@ -126,15 +126,19 @@ def train(
     for settings or an output that do not fit, CheckpointError for a model that cannot be used.
     """
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    try:
+        import trl  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    except ImportError as error:
+        raise MissingExtraError((error.name or "trl").partition(".")[0], "train", "GRPO") from error
     target, size = Path(output), settings.prompts * settings.generations
     checkpoint = open_checkpoint(small)
     if target.resolve() == checkpoint.directory.resolve():
         raise RequestError(f"--output: found {target}, the model's own directory, expected another one")
     if len(questions) < settings.prompts:
         raise RequestError(f"questions: found {len(questions)}, expected at least {settings.prompts}, those of a step")
-    _claim(target, {**asdict(settings), "small": str(small), "large": str(large), "questions": len(questions)})
+    claim(target, {**asdict(settings), "small": str(small), "large": str(large), "questions": len(questions)})
     decoder = SplitDecoder.from_pretrained(small, large, dtype="float32", max_num_seqs=min(size, 256))
     tokens, _ = write_tokenizer(checkpoint.directory, target, False)
     if tokens.eos_id is None:
@@ -144,7 +148,7 @@ def train(
     words = fast(tokenizer_file=str(checkpoint.directory / "tokenizer.json"), eos_token=eos, pad_token=eos)
     policy: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
     found = newest_checkpoint(target / "checkpoints")
-    done = 0 if found is None else int(found.name.rpartition("-")[2])
+    done = 0 if found is None else step_of(found)
     rollouts = Rollouts(
         decoder, questions, _rewards(decoder, questions, settings, target / "cost.json"),
         SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed),
@@ -188,21 +192,6 @@ def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: Grpo
 
 def _answer(output: RequestOutput, gold: str) -> Answer:
     return Answer(output.outputs[0].raw_text, gold, output.metrics)
-
-
-def _claim(target: Path, mine: Mapping[str, Any]) -> None:
-    """The output is empty, or holds this very run."""
-    file = target / "run.json"
-    if file.is_file():
-        theirs = json.loads(file.read_text("utf-8"))
-        differ = [name for name in mine if theirs.get(name) != mine[name]]
-        if differ and newest_checkpoint(target / "checkpoints") is not None:
-            raise RequestError(f"--output: {target} holds a run with {differ[0]} {theirs.get(differ[0])!r}, found "
-                               f"{mine[differ[0]]!r}: expected the same to go on, or another directory")  # fmt: skip
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RequestError(f"--output: found {target}, which is no run of this command, expected an empty directory")
-    target.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(mine), indent=1) + "\n", "utf-8")
 
 
 def _log(target: Path, done: int) -> Path:

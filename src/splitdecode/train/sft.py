@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from splitdecode.errors import CheckpointError, MissingExtraError, RequestError
-from splitdecode.models.checkpoint import Checkpoint, open_checkpoint, read_json
+from splitdecode.models.checkpoint import Checkpoint, open_checkpoint
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train.export import grow_embeddings, write_model, write_tokenizer
+from splitdecode.train.output import claim, newest_checkpoint, step_of
 from splitdecode.train.settings import Settings
 from splitdecode.train.traces import IGNORED, Example, Trace, encode
 
@@ -88,7 +88,7 @@ def train(
         steps=trainer.state.global_step,
         traces=len(fitting),
         left_out=len(examples) - len(fitting),
-        resumed_from=0 if found is None else _step(found),
+        resumed_from=0 if found is None else step_of(found),
         seconds=time.monotonic() - started,
         losses=[float(entry["loss"]) for entry in history if "loss" in entry],
     )
@@ -106,13 +106,6 @@ def require_extra(settings: Settings) -> None:
     except ImportError as error:
         name = (error.name or "trl").partition(".")[0]
         raise MissingExtraError(name, "train", "supervised fine-tuning") from error
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step; one that a kill cut short is passed over."""
-    found = folder.glob("checkpoint-*") if folder.is_dir() else ()
-    ordered = sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step, reverse=True)
-    return next((path for path in ordered if _complete(path)), None)
 
 
 def labels_of(example: Example, tag_weight: float) -> list[int]:
@@ -150,33 +143,9 @@ def trainer_class(tag_weight: float) -> type[Any]:
 
 
 def _claim(target: Path, traces: Sequence[Trace], settings: Settings, model: str, revision: str | None) -> None:
-    """The output is empty, or holds this very run: other settings would go on with a wrong schedule or data.
-
-    A run that got to no checkpoint, since its input was wrong, say, is no run yet and gives way.
-    """
     data = sha256(json.dumps([[trace.prompt, trace.tagged] for trace in traces]).encode()).hexdigest()
     mine = {"model": model, "revision": revision, "traces": len(traces), "data": data, **asdict(settings)}
-    file = target / "run.json"
-    if file.is_file():
-        try:
-            theirs = read_json(file)
-        except CheckpointError as error:
-            raise RequestError(f"--output: {error}") from None
-        differ = [name for name in mine if theirs.get(name) != mine[name]]
-        if not differ:
-            return
-        if (target / "config.json").exists() or newest_checkpoint(target / "checkpoints") is not None:
-            raise RequestError(f"--output: {target} holds a run with {differ[0]} {theirs.get(differ[0])!r}, found "
-                               f"{mine[differ[0]]!r}: expected the same to go on, or another directory")  # fmt: skip
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RequestError(f"--output: found {target}, which is no run of this command, expected an empty directory")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
-        os.replace(part, file)
-    except OSError as error:
-        raise RequestError(f"--output: {target} cannot be written to ({error.strerror})") from None
+    claim(target, mine)
 
 
 def _eos_id(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int:
@@ -294,14 +263,3 @@ def _save(trainer: Any, source: Path, target: Path, settings: Settings) -> None:
     if settings.lora_rank:
         network = network.merge_and_unload()
     write_model(network.to(torch.bfloat16 if settings.bf16 else torch.float32), source, target)
-
-
-def _complete(path: Path) -> bool:
-    try:
-        return "global_step" in json.loads((path / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
