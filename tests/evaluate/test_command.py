@@ -71,6 +71,13 @@ def test_the_document(document: dict[str, Any]) -> None:
 def test_the_tables(ran: Path, document: dict[str, Any]) -> None:
     text = (ran / "results.md").read_text("utf-8")
     assert text == markdown(document)
+    split = row_of(document, "two-products", "split")
+    assert split["health"]["offload"] == pytest.approx(8 / 166)
+    alarmed = {
+        **document,
+        "rows": [{**row, "alarms": ["offload: 0.5, above 0.2: too much"]} for row in document["rows"]],
+    }
+    assert f"Alarm, split: {alarm}." in markdown(alarmed).splitlines()
     for said in (
         "## two-products\n",
         "| split | 100.0 [75.8, 100.0] | 4.82 | 2.00 | 158.0 / 8.0 | ",

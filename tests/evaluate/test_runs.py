@@ -44,6 +44,15 @@ def test_who_wins(outcomes: dict[str, Outcome]) -> None:
     assert accuracy_of(outcomes["small"]) < accuracy_of(outcomes["small-base"])
 
 
+def test_health_is_of_rows_whose_hand_offs_the_tags_decide(outcomes: dict[str, Outcome]) -> None:
+    assert {name for name, outcome in outcomes.items() if outcome.health is not None} == {"split", "accept"}
+    split = outcomes["split"]
+    assert split.health is not None
+    assert split.health["offload"] == pytest.approx(8 / 166)
+    assert split.health["tags"] == split.health["no_return"] == 0
+    assert {alarm.partition(":")[0] for outcome in outcomes.values() for alarm in outcome.alarms} <= {"slow", "no_gain"}
+
+
 def test_random_runs_last_at_the_rate_of_the_split_row(outcomes: dict[str, Outcome]) -> None:
     assert list(outcomes)[-1] == "random"
     split, random = outcomes["split"], outcomes["random"]

@@ -64,6 +64,8 @@ def figures(outcome: Outcome, seed: int) -> dict[str, Any]:
         "decisions": _decisions(outcome),
         "kept": _kept(outcome),
         "rate": None if outcome.rate is None else asdict(outcome.rate),
+        "health": outcome.health,
+        "alarms": list(outcome.alarms),
     }
 
 

@@ -75,7 +75,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One row on one task: `samples` answers per item, in order; wall and cpu are seconds for all of them together."""
+    """One row on one task: `samples` answers per item, in order; wall and cpu are seconds for all of them together.
+
+    health: signs of how the two models got on, and what they alarm of; None where no control tags decided hand-offs.
+    """
 
     task: Task
     row: Row
@@ -84,6 +87,8 @@ class Outcome:
     wall: float
     cpu: float
     rate: Rate | None = None
+    health: dict[str, float | None] | None = None
+    alarms: tuple[str, ...] = ()
 
     @property
     def scores(self) -> list[list[bool]]:
@@ -140,11 +145,15 @@ def run_row(task: Task, row: Row, decoder: SplitDecoder, settings: Settings, rat
     few = slice(0, decoder.config.max_num_seqs)
     short = [replace(one, max_tokens=min(one.max_tokens or WARM_UP_TOKENS, WARM_UP_TOKENS)) for one in params[few]]
     _generate(decoder, task, row, items[few], short, policies[few], "warm-up", use_tqdm=False)
+    health = decoder.health
+    health.clear()
     wall, cpu = time.perf_counter(), time.process_time()
     outputs = _generate(decoder, task, row, items, params, policies, "", use_tqdm=settings.use_tqdm)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     answers = [_answer(task, row, decoder, index // settings.samples, output) for index, output in enumerate(outputs)]
-    return Outcome(task, row, answers, settings.samples, wall, cpu, rate)
+    seen = health.figures() if health.answers else None
+    alarms = tuple(map(str, health.alarms()))
+    return Outcome(task, row, answers, settings.samples, wall, cpu, rate, seen, alarms)
 
 
 def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:

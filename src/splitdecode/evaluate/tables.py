@@ -59,6 +59,8 @@ def _task(document: dict[str, Any], task: str) -> list[str]:
     out = _head(["policy", "accuracy %", "offload %", "spans", "tokens small / large", "ms per answer", "ms per token",
                  "CPU ms", "wall ms", "truncated"])  # fmt: skip
     out += [_line(_row(row)) for row in rows]
+    for row in rows:
+        out += [line for alarm in row.get("alarms", ()) for line in ("", f"Alarm, {row['policy']}: {alarm}.")]
     if labelled := [row for row in rows if row["decisions"]]:
         out += ["", *_head(["hand-offs", "P", "R", "F1", "IoU", "kappa", "hit", "spans labelled / handed"])]
         names = ("precision", "recall", "f1", "iou", "kappa", "hit_rate")

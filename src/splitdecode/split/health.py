@@ -86,6 +86,13 @@ class Health:
                 log.warning("%s", alarm)
         self._raised = {alarm.name for alarm in alarms}
 
+    def clear(self) -> None:
+        """Forgets what was seen."""
+        self.answers.clear()
+        for seam in self.seams:
+            seam.clear()
+        self._raised.clear()
+
     def figures(self) -> dict[str, float | None]:
         """Every signature's figure now; None where nothing was seen that it could be taken from."""
         answers = list(self.answers)  # other threads may ask while answers end
