@@ -73,10 +73,8 @@ def test_the_tables(ran: Path, document: dict[str, Any]) -> None:
     assert text == markdown(document)
     split = row_of(document, "two-products", "split")
     assert split["health"]["offload"] == pytest.approx(8 / 166)
-    alarmed = {
-        **document,
-        "rows": [{**row, "alarms": ["offload: 0.5, above 0.2: too much"]} for row in document["rows"]],
-    }
+    alarm = "offload: 0.5, above 0.2: too much"
+    alarmed = {**document, "rows": [{**row, "alarms": [alarm]} for row in document["rows"]]}
     assert f"Alarm, split: {alarm}." in markdown(alarmed).splitlines()
     for said in (
         "## two-products\n",
