@@ -140,6 +140,16 @@ def test_figures_are_of_the_last_answers_only() -> None:
     assert health.figures()["offload"] == 0.0
 
 
+def test_looks_for_alarms_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look sums over all that is remembered: it must not come with every answer."""
+    looks: list[int] = []
+    monkeypatch.setattr(Health, "alarms", lambda self: looks.append(self._ended) or [])
+    health = Health()
+    for _ in range(300):
+        health.settle(Seen(Pair(ModelMetrics(), ModelMetrics()), 0, 0, True))
+    assert looks == [*range(8, 64, 8), 64, 128, 192, 256]
+
+
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_tags_pair_up_as_brackets_without_nesting(patterns: list[int]) -> None:
     word = "".join("()"[pattern] for pattern in patterns if pattern < 2)

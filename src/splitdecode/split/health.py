@@ -28,6 +28,7 @@ from splitdecode.split.roles import Pair, Role
 
 MEMORY = 256  # answers, and seam measurements, that figures are taken over
 MIN_ANSWERS = 8
+RARELY = 64  # answers between two looks for alarms to log, once so many have ended
 log = logging.getLogger("splitdecode")
 
 
@@ -74,12 +75,14 @@ class Health:
     answers: deque[Seen] = field(default_factory=lambda: deque(maxlen=MEMORY))
     seams: Pair[deque[float]] = field(default_factory=lambda: Pair(deque(maxlen=MEMORY), deque(maxlen=MEMORY)))
     _raised: set[str] = field(default_factory=set)
+    _ended: int = 0
 
     def settle(self, seen: Seen) -> None:
         """An answer ended. An alarm that this raises is logged once, until it goes out again."""
         self.answers.append(seen)
-        if len(self.answers) < MIN_ANSWERS or len(self.answers) % MIN_ANSWERS:
-            return  # eight at a time: a look costs a sum over all that is remembered
+        self._ended += 1
+        if self._ended % (MIN_ANSWERS if self._ended < RARELY else RARELY):
+            return  # a look costs a sum over all that is remembered
         alarms = self.alarms()
         for alarm in alarms:
             if alarm.name not in self._raised:
@@ -92,6 +95,7 @@ class Health:
         for seam in self.seams:
             seam.clear()
         self._raised.clear()
+        self._ended = 0
 
     def figures(self) -> dict[str, float | None]:
         """Every signature's figure now; None where nothing was seen that it could be taken from."""
