@@ -94,7 +94,11 @@ def saved(directory: Path) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads that name
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "tag_weight": 2.0}], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora_rank": 2, "tag_weight": 2.0}, {"matrix_rate": 0.01}],
+    ids=["all weights", "lora", "muon"],
+)
 def test_an_interrupted_run_goes_on_to_the_same_weights(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = replace(SHORT, **changes)
     sft.train(base, FEW, tmp_path / "whole", settings)

@@ -24,6 +24,7 @@ _NUMBERS = {
     "epochs": (float, "passes over the traces"),
     "max_steps": (int, "optimiser steps, instead of epochs"),
     "learning_rate": (float, "its peak"),
+    "matrix_rate": (float, "above 0: hidden matrices by Muon at this peak rate (default 0: AdamW for all)"),
     "min_lr_ratio": (float, "where the cosine ends, as a share of the peak"),
     "warmup_ratio": (float, "share of the steps in which the rate rises"),
     "global_batch": (int, "rows a step, over all processes"),

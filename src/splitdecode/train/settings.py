@@ -20,6 +20,7 @@ class Settings:
 
     epochs, max_steps        passes over the traces; optimiser steps, above epochs where given
     learning_rate            its peak, after warmup_ratio of the steps; then a cosine down to min_lr_ratio of it
+    matrix_rate              above 0: hidden matrices by Muon at this peak rate, the rest by AdamW (train/muon.py)
     global_batch             rows a step, over all processes; micro_batch: rows a forward, of one process
     max_length               tokens a row; longer traces are left out. packing: rows are filled with several traces
     bf16                     autocast, and the dtype of the saved weights; else both are float32
@@ -32,6 +33,7 @@ class Settings:
     epochs: float = 3.0
     max_steps: int | None = None
     learning_rate: float = 5e-5
+    matrix_rate: float = 0.0
     min_lr_ratio: float = 0.1
     warmup_ratio: float = 0.05
     global_batch: int = 64
@@ -98,6 +100,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": _POSITIVE,
     "max_steps": (lambda value: value is None or _whole(1)(value), "a whole number from 1, or none"),
     "learning_rate": _POSITIVE,
+    "matrix_rate": (_number(0), "a finite number from 0"),
     "min_lr_ratio": _SHARE,
     "warmup_ratio": (lambda value: _number(0)(value) and value < 1, "a number from 0 up to, but not, 1"),
     "global_batch": _COUNT,

@@ -24,6 +24,7 @@ from splitdecode.errors import CheckpointError, MissingExtraError, RequestError
 from splitdecode.models.checkpoint import Checkpoint, open_checkpoint
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train.export import grow_embeddings, write_model, write_tokenizer
+from splitdecode.train.muon import MuonAdam
 from splitdecode.train.output import claim, newest_checkpoint, step_of
 from splitdecode.train.settings import Settings
 from splitdecode.train.traces import IGNORED, Example, Trace, encode
@@ -188,6 +189,7 @@ def _trainer(
         train_dataset=dataset,
         processing_class=processing,
         peft_config=_lora(settings),
+        optimizers=(_optimizer(network, settings), None),
     )
     for callback in (PrinterCallback, ProgressCallback):  # both write to standard output
         trainer.remove_callback(callback)
@@ -231,6 +233,15 @@ def _arguments(target: Path, settings: Settings) -> Any:
             report_to="none",
             disable_tqdm=True,
         )
+
+
+def _optimizer(network: Any, settings: Settings) -> Any:
+    if not settings.matrix_rate:
+        return None
+    if settings.lora_rank:
+        raise RequestError(f"matrix_rate: found {settings.matrix_rate} with lora_rank {settings.lora_rank}, expected "
+                           "one of the two: Muon is for whole matrices")  # fmt: skip
+    return MuonAdam(network, matrix_rate=settings.matrix_rate, rate=settings.learning_rate)
 
 
 def _lora(settings: Settings) -> Any:
