@@ -20,12 +20,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from harness import clock, finish, load_pyplot, machine, show_table, use_threads
+from harness import clock, finish, machine, show_table, use_threads
 
 from splitdecode.config import SamplingParams
 from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError, SplitDecodeError
 from splitdecode.families import Problem, boxed, problems
+from splitdecode.plots import load_pyplot
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from splitdecode.errors import MissingExtraError
+from splitdecode.plots import load_pyplot
 
 _MOST = 128 << 20  # bytes of a buffer whose bandwidth is measured: beyond the caches of most hosts
 _MOST_CUDA = 4 << 30
@@ -316,15 +316,3 @@ def bar_plot(bars: Sequence[Bar], title: str, unit: str, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def load_pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files. Raises MissingExtraError when it is absent."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", "a plot") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot

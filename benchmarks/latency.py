@@ -24,13 +24,14 @@ from typing import Any
 
 import headline
 import torch
-from harness import Bar, Spread, bar_plot, finish, load_pyplot, show_table
+from harness import Bar, Spread, bar_plot, finish, show_table
 from measure import Measurement
 from runs import MODES
 from traces import NAMES
 
 from splitdecode.decoder import DTYPES
 from splitdecode.errors import SplitDecodeError
+from splitdecode.plots import load_pyplot
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Spread, finish, load_pyplot, show_table
+from harness import Spread, finish, show_table
 from sweep import Load, Ran, Sweep, add_pair_arguments, describe_settings, figures, share_that_differs
 from traces import NAMES
 
@@ -32,6 +32,7 @@ from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError, SplitDecodeError
 from splitdecode.models import geometry
 from splitdecode.plan import EXPECTED, GPUS, compute_ms, step_ms
+from splitdecode.plots import load_pyplot
 
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {"idle_cache": "recompute"},

@@ -23,7 +23,7 @@ from typing import Any
 from arrivals import closed_loop
 from clockwork import choice_of, clock_engine, positions_of, roofline_pair
 from fleet import Stream, best_fleet, capacity
-from harness import finish, load_pyplot, machine, show_table
+from harness import finish, machine, show_table
 from latency import positive
 from recorded import check
 from serving import Watch
@@ -33,6 +33,7 @@ from splitdecode.config import EngineConfig
 from splitdecode.errors import SplitDecodeError
 from splitdecode.models import geometry
 from splitdecode.plan import GPUS, RESERVE_BYTES, Gpu
+from splitdecode.plots import load_pyplot
 from splitdecode.split.policies import HandoffPolicy, LargeOnly, SmallOnly
 from splitdecode.split.roles import Pair
 

@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 from crowd import Crowd
-from harness import Bar, Spread, bar_plot, finish, load_pyplot, show_table
+from harness import Bar, Spread, bar_plot, finish, show_table
 from latency import natural, positive
 from runs import MODES
 from traces import NAMES
 
 from splitdecode.decoder import DTYPES
 from splitdecode.errors import SplitDecodeError
+from splitdecode.plots import load_pyplot
 from splitdecode.split.roles import Role
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from oracles.scripted import Stage, ids
 from oracles.worlds import World, make_decoder, make_worlds, random_engine
+from scipy.stats import chisquare
 
 from splitdecode import ForcedSpans, SamplingParams, SplitDecoder
 from splitdecode.families import problems
@@ -89,26 +89,24 @@ def test_every_prefix_is_an_act_whatever_the_block_and_the_batch(worlds: dict[st
         assert sum(len(rollout.dead) for rollout in found[0]) > 0
 
 
-def test_the_acts_of_an_answer_multiply_to_its_probability() -> None:
-    """Over all answers there are, exp(sum of log-probs) times the chances of reading on adds up to one."""
-    stage = Stage(max_span=3).small(0, *OPEN)
-    h = 0.3
-    stage.models.large.says(4 + 3, ids("a", "b", "c"))
-    for at in (8, 9, 10):  # behind one, two, three tokens of the span
+def test_answers_are_as_frequent_as_their_acts_say() -> None:
+    """Behind one large token a tag may be begun, and dies; behind two it may close; behind three the span is over."""
+    stage, h = Stage(max_span=3).small(0, *OPEN), 0.3
+    stage.models.large.says(3, ids("a", "b", "c"))
+    for at in (8, 9):
         stage.models.small.draws(at, {ids("</")[0]: math.log(h), ids("T")[0]: math.log(1 - h)})
-    # Behind `</` stands the rest of the tag, then T and the end, wherever it was begun.
-    seen: Counter[tuple[int, ...]] = Counter()
-    chance: dict[tuple[int, ...], float] = {}
-    for seed in range(60):
-        output = stage.run(temperature=1.0, seed=seed, max_tokens=4, rollout=True)
-        rollout = of(output)
-        closing = [p for p in rollout.passed if p not in dict(rollout.dead)]
-        key = (*rollout.passed, -1, *rollout.ids)
-        seen[key] += 1
-        own = float(np.nansum(rollout.logprobs[rollout.authors == -1]))
-        chance[key] = math.exp(own) * (1 - h) ** len(closing)
-    assert len(seen) > 1
-    assert all(0 < value <= 1.0001 for value in chance.values())
+    stage.models.small.says(10, ids("big", "model", ">", "T"))
+    seen: Counter[tuple[bool, bool]] = Counter()
+    for seed in range(500):
+        rollout = of(stage.run(temperature=1.0, seed=seed, max_tokens=3, rollout=True))
+        closed = rollout.passed == [5]
+        assert closed or rollout.passed == [5, 6]
+        assert [at for at, _ in rollout.dead] in ([], [5])
+        assert float(np.nansum(rollout.logprobs)) == pytest.approx(math.log(h) if closed else 0.0, abs=1e-5)
+        seen[bool(rollout.dead), closed] += 1
+    chances = {(dead, closed): (h if dead else 1 - h) * (h if closed else 1 - h) for dead, closed in seen}
+    assert sum(chances.values()) == pytest.approx(1.0)
+    assert chisquare([*seen.values()], [500 * chance for chance in chances.values()]).pvalue > 1e-3
 
 
 def test_a_tag_that_dies_is_recorded_with_what_was_drawn() -> None:
@@ -125,11 +123,7 @@ def test_a_tag_that_dies_is_recorded_with_what_was_drawn() -> None:
     assert rollout.sampled.tolist() == [True] * 5 + [False] * 2 + [True] * 6
 
 
-class Forced(ForcedSpans):
-    """Spans by position, tags put there by force."""
-
-
-@pytest.mark.parametrize("policy", [Forced([(1, 4)], tags=True, reads_along=True), None])
+@pytest.mark.parametrize("policy", [ForcedSpans([(1, 4)], tags=True, reads_along=True), None])
 def test_what_was_forced_is_nobodys(policy: HandoffPolicy | None) -> None:
     stage = Stage(max_span=3).small(0, "a", *OPEN).large(1, *"bcbcbc").small(12, "T", "<|eos|>")
     if policy is not None:
@@ -147,7 +141,7 @@ def test_an_answer_cut_short_keeps_what_became_content() -> None:
     assert rollout.passed == [6]
 
 
-def test_nothing_is_kept_unless_asked(tmp_path: Path) -> None:
+def test_nothing_is_kept_unless_asked() -> None:
     stage = Stage().small(0, "a", "<|eos|>")
     assert stage.run().outputs[0].rollout is None
     assert stage.run().outputs[0].logprobs is None

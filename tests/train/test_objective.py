@@ -20,7 +20,7 @@ from splitdecode.errors import RequestError
 from splitdecode.families import problems
 from splitdecode.split.roles import Role
 from splitdecode.split.rollout import Rollout
-from splitdecode.train.objective import act_logprobs, group_advantages, log1mexp, policy_loss
+from splitdecode.train.objective import act_logprobs, log1mexp, policy_loss
 
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
 A, B, BEGIN, END, BOTH = range(5)  # words; `BEGIN END` is the closing tag, and so is `BOTH`
@@ -136,16 +136,6 @@ def test_log1mexp_at_both_ends() -> None:
     found.sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
-
-
-def test_advantages_by_hand() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    plain = group_advantages(rewards, scaled=False)
-    assert plain.tolist() == [[0.5, -0.5, -0.5, 0.5], [0.0] * 4]
-    scaled = group_advantages(rewards, least=0.0)[0]
-    assert scaled.tolist() == pytest.approx([0.5 / math.sqrt(1 / 3) * s for s in (1, -1, -1, 1)])
-    with pytest.raises(RequestError, match=r"found shape \(2, 1\)"):
-        group_advantages(rewards[:, :1])
 
 
 def test_loss_by_hand() -> None:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from splitdecode.annotate.records import Tagged, read_tagged
 from splitdecode.annotate.spans import Span, covered
-from splitdecode.errors import MissingExtraError, RequestError
+from splitdecode.errors import RequestError
+from splitdecode.plots import load_pyplot
 
 WANTED = 0.20  # the share of a trace that should be annotated at most
 TENTHS = 10
@@ -161,13 +162,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
 
 def plot(stats: Mapping[str, Any], file: Path) -> None:
     """Share, spans per trace, span length and positions as four panels. Raises MissingExtraError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", "a plot") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     raw = stats["histograms"]
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
     figure.suptitle(f"{stats['traces']} annotated traces, {100 * stats['share']:.1f} % of the characters", fontsize=11)

@@ -27,6 +27,7 @@ from splitdecode.evaluate.policies import Rate, Row, parse_rows
 from splitdecode.evaluate.runs import Outcome, Settings, check_rate, random_last, rate_of, run_task
 from splitdecode.evaluate.tasks import HUB, Task, family_task, file_task, hub_task
 from splitdecode.families import FAMILIES
+from splitdecode.plots import load_pyplot
 from splitdecode.split.outputs import RequestMetrics
 
 LM_EVAL = "lm_eval/"
@@ -79,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(cells) if args.json else "\n".join(tables.matrix(cells)))
         return 0
     if args.output_dir and not args.no_plot:
-        pareto.load_pyplot()  # what is missing is said before anything runs
+        load_pyplot(pareto.PURPOSE)  # what is missing is said before anything runs
     if args.log_samples and not args.output_dir:
         raise RequestError("--log-samples: found no --output-dir to write answers.jsonl to")
     source = _source(args)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from splitdecode.errors import MissingExtraError
+from splitdecode.plots import load_pyplot
 
+PURPOSE = "a plot (--no-plot does without)"
 AXES = (("ms per answer (both models)", "ms_per_answer", 1.0), ("tokens by the large model (%)", "offload", 100.0))
 
 
@@ -29,7 +30,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def plot(document: dict[str, Any], file: Path) -> None:
     """Draws a results document into a PNG. Raises MissingExtraError without matplotlib."""
-    pyplot = load_pyplot()
+    pyplot = load_pyplot(PURPOSE)
     tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
     figure, grid = pyplot.subplots(
         len(AXES), len(tasks), figsize=(1 + 4.5 * len(tasks), 7.5), layout="constrained", sharey="col", squeeze=False
@@ -48,18 +49,6 @@ def plot(document: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def load_pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files. Raises MissingExtraError when it is absent."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", "a plot (--no-plot does without)") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _panel(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str], key: str, scale: float) -> None:

@@ -108,17 +108,6 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def group_advantages(rewards: Tensor, *, scaled: bool = True, least: float = 1e-4) -> Tensor:
-    """rewards [G, n] of n answers to each of G prompts -> [G, n]: less the group's mean, over its deviation.
-
-    scaled=False leaves the deviation out (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gives zeros.
-    """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise RequestError(f"rewards: found shape {tuple(rewards.shape)}, expected [prompts, at least 2 answers each]")
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + least) if scaled else centred
-
-
 def policy_loss(
     acts: Sequence[Tensor], advantages: Tensor, old: Sequence[Tensor] | None = None, *, clip: float = 0.2
 ) -> Tensor:
