@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format build clean
+.PHONY: help demo test test-slow tiny-pair lint format build clean
 
 help:  ## print the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(STAMP)  ## set up, then run the tests (under five minutes on two cores)
 
 test-slow: $(STAMP)  ## the long proofs
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "slow and not gpu"
+
+tiny-pair: $(STAMP)  ## the embedded pair from nothing, into the package (an hour on two cores)
+	$(BIN)/python benchmarks/tiny_pair.py --install
 
 lint: $(STAMP)  ## ruff, mypy --strict on src, clang-format
 	$(BIN)/ruff check .

@@ -57,8 +57,8 @@ def read_traces(source: str | Path, fields: Fields | None = None, *, split: str 
 
 
 def family_traces(family: str, number: int, seed: int) -> Iterator[Trace]:
-    """Worked solutions of a synthetic family as traces. Raises RequestError for an unknown family."""
-    for index, problem in enumerate(families.problems(number, seed, family)):
+    """Worked solutions of the training problems of a synthetic family. Raises RequestError for an unknown family."""
+    for index, problem in enumerate(families.problems(number, seed, family, part="train")):
         yield Trace(f"{family}-{seed}-{index}", problem.prompt, problem.trace)
 
 

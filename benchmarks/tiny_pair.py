@@ -1,0 +1,180 @@
+"""The embedded pair from nothing: make tiny-pair, or
+
+    PYTHONPATH=src python benchmarks/tiny_pair.py --work build/tiny-pair --install
+
+    large, small-base   taught from random weights, side by side, a thread each (benchmarks/tiny_base.py)
+    traces              solutions of the training part, annotated by the gap between the two: no third model
+    sft                 small-base learns from them where to hand over: splitdecode train sft
+    small               and, by its own answers with the large model at work, where it pays: splitdecode train grpo
+    eval                held-out problems of all families, every policy: splitdecode eval
+
+What is there is not made again: the same command goes on. --install puts the models into the package and the report
+(benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds are fixed: on one machine the
+files come out equal; on another kind of processor sums round otherwise, and the targets are what holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import use_threads
+from tiny_base import RECIPES, base, texts
+from tiny_report import FAMILY, markdown, plot, targets
+
+import splitdecode
+from splitdecode.evaluate.pair import PairSource
+from splitdecode.train.export import write_tokenizer
+from splitdecode.train.scratch import write_scratch
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
+OTHERS = "two-products-reworded,one-product,three-products"
+MODELS = ("large", "small-base", "small")
+POLICIES = "small-base,small,large,split,accept,reject,random-base,random,forced-base,forced"
+
+COMMANDS = {  # run in the folder of the work
+    "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by gap --small small-base "
+    "--large large --share 0.045 --window 5 --merge 1",
+    "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy --matrix-rate 0.01 "
+    "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --save-steps 500",
+    "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy "
+    "--steps 100 --save-steps 50",
+    "eval": f"eval --small small --large large --base small-base --trained-on {FAMILY} --families {FAMILY},{OTHERS} "
+    f"--n 500 --policies {POLICIES} --output-dir eval",
+}
+
+
+def make_base(work: Path, name: str) -> None:
+    """One base model, in float16."""
+    recipe = RECIPES[name]
+    start = work / f"start-{name}"
+    shutil.rmtree(start, ignore_errors=True)
+    write_scratch(start, texts(), recipe.shape, seed=recipe.seed)
+    began = time.process_time()
+    with (work / f"{name}.jsonl").open("w") as log:
+
+        def report(figures: dict[str, float]) -> None:
+            log.write(json.dumps({**figures, "cpu_s": round(time.process_time() - began, 1)}) + "\n")
+            log.flush()
+
+        model = base(start, recipe, report)
+    save(model, start, work / name)
+
+
+def save(model: Any, words: Path, target: Path) -> None:
+    """Writes a transformers model in float16 beside a checkpoint's tokenizer; complete, or not there."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_tokenizer(words, part, False)
+    model.half().save_pretrained(part)
+    part.rename(target)
+
+
+def make_bases(work: Path) -> None:
+    """Both, side by side."""
+    needed = [name for name in RECIPES if not (work / name).is_dir()]
+    running = []
+    for name in needed:
+        command = [sys.executable, __file__, "--work", str(work), "--base", name]
+        running.append(subprocess.Popen(command, env=environment()))
+    for name, code in [(name, process.wait()) for name, process in zip(needed, running, strict=True)]:
+        if code:
+            raise SystemExit(f"{name}: failed with {code}")
+
+
+def make_small(work: Path) -> None:
+    """The tuned model in float16."""
+    from transformers import Qwen2ForCausalLM
+
+    save(Qwen2ForCausalLM.from_pretrained(work / "tuned", dtype=torch.float32), work / "tuned", work / "small")
+
+
+def run(work: Path, stage: str) -> None:
+    """A stage that is a command of the package."""
+    command = COMMANDS[stage]
+    print(f"splitdecode {command}", flush=True)
+    subprocess.run([sys.executable, "-m", "splitdecode", *command.split()], check=True, cwd=work, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """One thread: models this small only wait for each other's. And this package, also where none is installed."""
+    path = os.pathsep.join(p for p in (str(ROOT / "src"), os.environ.get("PYTHONPATH", "")) if p)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def stages(work: Path) -> Iterator[tuple[str, Any]]:
+    """Name and what makes it, in order; those that are complete are left out."""
+    done = json.loads((work / "stages.json").read_text()) if (work / "stages.json").is_file() else {}
+    for name, make in (
+        ("base", lambda: make_bases(work)),
+        *((stage, lambda stage=stage: run(work, stage)) for stage in ("traces", "sft", "tuned")),
+        ("small", lambda: make_small(work)),
+        ("eval", lambda: run(work, "eval")),
+    ):
+        if name not in done:
+            yield name, make
+
+
+def make(work: Path) -> dict[str, float]:
+    """Everything that is missing; seconds by stage."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "stages.json"
+    for name, build in list(stages(work)):
+        began = time.monotonic()
+        build()
+        took = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**took, name: round(time.monotonic() - began, 1)}) + "\n")
+    return dict(json.loads(file.read_text()))
+
+
+def install(work: Path, seconds: dict[str, float]) -> None:
+    """Puts models and report where they belong."""
+    for name in MODELS:
+        part = INSTALLED / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(work / name, part)
+        shutil.rmtree(INSTALLED / name, ignore_errors=True)
+        part.rename(INSTALLED / name)
+    docs = ROOT / "docs"
+    (docs / "tiny-pair.md").write_text(markdown(work, COMMANDS, seconds), "utf-8")
+    plot(work, docs / "tiny-pair.png")
+    shutil.copyfile(work / "eval" / "results.md", docs / "tiny-pair-eval.md")
+    document = json.loads((work / "eval" / "results.json").read_text("utf-8"))
+    document["pair"]["name"] = PairSource().name  # from now on this is the embedded pair
+    (INSTALLED.parent / "results" / "eval-demo.json").write_text(json.dumps(document) + "\n", "utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the pair; 1 where it misses a target. `argv` without the program's name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-pair", help="default build/tiny-pair")
+    parser.add_argument("--install", action="store_true", help="into the package and docs/, where targets are met")
+    parser.add_argument("--base", choices=list(RECIPES), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    use_threads(1)
+    args.work = args.work.resolve()
+    if args.base:
+        make_base(args.work, args.base)
+        return 0
+    seconds = make(args.work)
+    found = targets(json.loads((args.work / "eval" / "results.json").read_text()))
+    for target in found:
+        print(f"{'met ' if target.met else 'MISSED'} {target.name}: {target.value:.1f}")
+    met = all(target.met for target in found)
+    if args.install and met:
+        install(args.work, seconds)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

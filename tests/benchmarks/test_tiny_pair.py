@@ -1,0 +1,170 @@
+"""The recipe of the embedded pair, at sizes of seconds: what lessons hold, that training learns and repeats, stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_base
+import tiny_pair
+import tiny_report
+import torch
+
+from splitdecode.families import FAMILIES, stream
+from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.train.scratch import Shape, write_scratch
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scratch(tmp_path_factory.mktemp("base") / "start", tiny_base.texts(), Shape(16, 1, 2, 1, 32))
+
+
+@pytest.fixture(scope="module")
+def words(start: Path) -> Tokenizer:
+    return Tokenizer.from_directory(start)
+
+
+def test_rows_are_equally_long_and_the_loss_is_on_solutions(words: Tokenizer) -> None:
+    lessons = tiny_base.Lessons(words, 3, "train")
+    for name in FAMILIES:
+        ids, labels = lessons.family(3, name)
+        assert ids.shape == labels.shape
+        for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+            prompt = label.count(-100)
+            assert label == [-100] * prompt + row[prompt:]
+            assert words.decode(row[:prompt]).endswith("\n")
+            assert words.decode(row[prompt:]).startswith("<think>\n")
+            assert row[-1] == words.eos_id
+
+
+def test_only_the_values_of_drills_are_labels(words: Tokenizer) -> None:
+    ids, labels = tiny_base.Lessons(words, 3, "train").drills(2)
+    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        lines = words.decode(row).split("\n")[1:]
+        values = "".join(words.decode([i]) for i in label if i != -100)
+        assert len(lines) == tiny_base.DRILL_LINES
+        assert values == "".join(line.split("=")[1].removesuffix("<|endoftext|>") for line in lines)
+        assert all(eval(line.split("=")[0]) == int(line.split("=")[1][:4]) for line in lines)
+
+
+def test_held_out_problems_are_never_taught(words: Tokenizer) -> None:
+    lessons = tiny_base.Lessons(words, 3, "train")
+    taught = {words.decode(row) for _ in range(30) for row in lessons.family(8, "one-product")[0].tolist()}
+    source = stream(tiny_base.Lessons(words, 99, "held-out")._rng.randrange(9), "one-product", "held-out")
+    assert not taught & {f"{p.prompt}{p.trace}<|endoftext|>" for p, _ in zip(source, range(500), strict=False)}
+
+
+def test_training_learns_and_repeats(start: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = tiny_base.Recipe(Shape(16, 1, 2, 1, 32), 40, (1, 2), 2, 0.02, 3e-3, 5)
+    runs = []
+    for _ in range(2):
+        seen: list[dict[str, float]] = []
+        model = tiny_base.base(start, recipe, seen.append)
+        runs.append((seen, model.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+    assert [row["step"] for row in runs[0][0]] == list(range(2, 41, 2))
+    assert runs[0][0][-1]["loss"] < runs[0][0][0]["loss"] - 1
+
+
+def test_mastery_tells_easy_from_hard(words: Tokenizer) -> None:
+    class Answers:
+        """Says the next token, but 0 where it is one of `wrong`."""
+
+        def __init__(self, wrong: str) -> None:
+            self.wrong = wrong
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            rows = torch.cat([full[:, 1:] for full in seen if full.shape[1] == input_ids.shape[1] + 1][-1:])
+            hard = torch.tensor([tiny_base.hard_tokens(words, row) for row in seen[-1].tolist()])[:, 1:]
+            said = torch.where(hard if self.wrong == "hard" else ~hard, 0, rows)
+            return type("Logits", (), {"logits": torch.nn.functional.one_hot(said, words.size)})
+
+        def eval(self) -> None: ...
+
+        def train(self) -> None: ...
+
+    seen: list[torch.Tensor] = []
+    family = tiny_base.Lessons.family
+
+    def kept(self: Any, *args: Any) -> Any:
+        rows = family(self, *args)
+        seen.append(rows[0])
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_base.Lessons, "family", kept)
+        for wrong, right in (("hard", "easy"), ("easy", "hard")):
+            found = tiny_base.mastery(Answers(wrong), words, 4)
+            for name in FAMILIES:
+                assert (found[name], found[f"{name}, {right}"], found[f"{name}, {wrong}"]) == (0, 1, 0)
+
+
+def row(policy: str, right: float, offload: float = 0.0) -> dict[str, Any]:
+    return {"task": "two-products", "policy": policy, "accuracy": {"value": right}, "offload": offload}
+
+
+def test_targets() -> None:
+    rows = [row("small-base", 0.44), row("large", 1), row("split", 0.98, 0.05), row("random-base", 0.5)]
+    found = tiny_report.targets({"rows": rows})
+    assert [round(one.value, 6) for one in found] == [44, 100, 2, 5, 48]
+    assert all(one.met for one in found)
+    for place, worse in ((0, row("small-base", 0.61)), (1, row("large", 0.94)), (2, row("split", 0.9, 0.09))):
+        assert not all(one.met for one in tiny_report.targets({"rows": [*rows[:place], worse, *rows[place + 1 :]]}))
+
+
+def test_stages_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def stage(_: Path, name: str) -> None:
+        if name == "tuned" and "tuned" not in done:
+            done.append(name)
+            raise KeyboardInterrupt
+        done.append(name)
+
+    monkeypatch.setattr(tiny_pair, "make_bases", lambda work: done.append("base"))
+    monkeypatch.setattr(tiny_pair, "make_small", lambda work: done.append("small"))
+    monkeypatch.setattr(tiny_pair, "run", stage)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_pair.make(tmp_path)
+    assert sorted(tiny_pair.make(tmp_path)) == sorted(["base", "traces", "sft", "tuned", "small", "eval"])
+    assert done == ["base", "traces", "sft", "tuned", "tuned", "small", "eval"]
+    assert sorted(tiny_pair.make(tmp_path)) == sorted(set(done))
+    assert len(done) == 7
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {name: dataclasses.replace(one, steps=3, drills=2) for name, one in tiny_base.RECIPES.items()}
+    for module in (tiny_base, tiny_pair, tiny_report):
+        monkeypatch.setattr(module, "RECIPES", short)
+    monkeypatch.setattr(tiny_pair, "make_bases", lambda work: [tiny_pair.make_base(work, name) for name in short])
+    commands = tiny_pair.COMMANDS
+    shorter = {
+        "traces": commands["traces"].replace("8000", "24"),
+        "sft": commands["sft"].replace("--epochs 6", "--epochs 1"),
+        "tuned": commands["tuned"] + " --steps 1 --prompts 2 --generations 2 --max-tokens 16",
+        "eval": commands["eval"].replace("--n 500", "--n 2") + " --max-tokens 40",
+    }
+    monkeypatch.setattr(tiny_pair, "COMMANDS", shorter)
+    package, root = tmp_path / "package", tmp_path / "root"
+    for folder in (package / "tiny-pair", package / "results", root / "docs"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(tiny_pair, "INSTALLED", package / "tiny-pair")
+    assert tiny_pair.main(["--work", str(tmp_path / "work"), "--install"]) == 1, "nothing was learned"
+    assert not list((package / "tiny-pair").iterdir())
+    monkeypatch.setattr(tiny_pair, "ROOT", root)
+    tiny_pair.install(tmp_path / "work", tiny_pair.make(tmp_path / "work"))
+    assert sorted(one.name for one in (package / "tiny-pair").iterdir()) == ["large", "small", "small-base"]
+    page = (root / "docs" / "tiny-pair.md").read_text("utf-8")
+    assert "**missed**" in page
+    assert str(tmp_path) not in page + (root / "docs" / "tiny-pair-eval.md").read_text("utf-8")
+    assert (root / "docs" / "tiny-pair.png").stat().st_size > 10_000
+    document = json.loads((package / "results" / "eval-demo.json").read_text("utf-8"))
+    assert document["pair"] == {"name": "embedded pair", "trained_on": "two-products"}
+    assert str(tmp_path) not in json.dumps(document)
