@@ -35,21 +35,37 @@ _IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """So many steps, each of `drills` lists of products and `groups` x `rows` solved problems, a group of one family.
+
+    matrix_rate, rate: peaks, of Muon and AdamW; both begin and end low.
+    """
+
+    steps: int
+    drills: int
+    groups: int
+    rows: int
+    matrix_rate: float = 0.02
+    rate: float = 3e-3
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one base model is taught. problems: (groups of one family each, rows of a group) a step; drills: rows."""
+    """How one base model is taught: the phases in turn, from weights drawn by the seed."""
 
     shape: Shape
-    steps: int
-    problems: tuple[int, int]
-    drills: int
-    matrix_rate: float
-    rate: float
     seed: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
 
 RECIPES = {
-    "large": Recipe(Shape(128, 4, 4, 2, 384), 2600, (2, 3), 11, 0.02, 3e-3, 1),
-    "small-base": Recipe(Shape(32, 2, 2, 1, 64), 14000, (3, 4), 10, 0.02, 3e-3, 2),
+    "large": Recipe(Shape(128, 4, 4, 2, 384), 1, (Phase(2600, 11, 2, 3), Phase(600, 2, 4, 4))),
+    "small-base": Recipe(Shape(64, 2, 4, 2, 128), 2, (Phase(7000, 3, 3, 6),)),
 }
 
 
@@ -171,14 +187,16 @@ def base(start: Path, recipe: Recipe, report: Callable[[dict[str, float]], None]
     tokenizer = Tokenizer.from_directory(start)
     model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     lessons = Lessons(tokenizer, 1000 * recipe.seed, "train")
-    groups, rows = recipe.problems
+    before = 0
+    for phase in recipe.phases:
 
-    def batches() -> list[tuple[Tensor, Tensor]]:
-        return [lessons.drills(recipe.drills), *(lessons.family(rows) for _ in range(groups))]
+        def batches(phase: Phase = phase) -> list[tuple[Tensor, Tensor]]:
+            return [lessons.drills(phase.drills), *(lessons.family(phase.rows) for _ in range(phase.groups))]
 
-    def on_step(step: int, loss: float) -> None:
-        if step % max(1, recipe.steps // REPORTS) == 0:
-            report({"step": step, "loss": loss, **mastery(model, tokenizer)})
+        def on_step(step: int, loss: float, before: int = before) -> None:
+            if (before + step) % max(1, recipe.steps // REPORTS) == 0:
+                report({"step": before + step, "loss": loss, **mastery(model, tokenizer)})
 
-    teach(model, batches, recipe.steps, matrix_rate=recipe.matrix_rate, rate=recipe.rate, on_step=on_step)
+        teach(model, batches, phase.steps, matrix_rate=phase.matrix_rate, rate=phase.rate, on_step=on_step)
+        before += phase.steps
     return model

@@ -127,11 +127,15 @@ def _made(work: Path, commands: Mapping[str, str], seconds: Mapping[str, float])
     rows = []
     for name, recipe in RECIPES.items():
         last = read_lines(work / f"{name}.jsonl")[-1]
-        shape, (groups, size) = recipe.shape, recipe.problems
+        shape = recipe.shape
+        phases = "; then ".join(
+            f"{phase.steps:,} steps of {phase.drills} lists of products, {phase.groups} x {phase.rows} solved problems "
+            f"(Muon {phase.matrix_rate:g}, AdamW {phase.rate:g})"
+            for phase in recipe.phases
+        )
         what = (
             f"{shape.layers} layers, d {shape.hidden}, {shape.heads} heads, {shape.kv_heads} of K/V; "
-            f"{recipe.steps:,} steps of {recipe.drills} lists of products and {groups} x {size} solved problems; "
-            f"Muon {recipe.matrix_rate:g}, AdamW {recipe.rate:g}; {last['cpu_s']:,.0f} CPU s"
+            f"{phases}; {last['cpu_s']:,.0f} CPU s"
         )
         rows.append([name, what, f"{seconds['base']:.0f} (both)"])
     for stage, command in commands.items():

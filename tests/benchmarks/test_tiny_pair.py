@@ -60,7 +60,7 @@ def test_held_out_problems_are_never_taught(words: Tokenizer) -> None:
 
 def test_training_learns_and_repeats(start: Path) -> None:
     torch.set_num_threads(1)
-    recipe = tiny_base.Recipe(Shape(16, 1, 2, 1, 32), 40, (1, 2), 2, 0.02, 3e-3, 5)
+    recipe = tiny_base.Recipe(Shape(16, 1, 2, 1, 32), 5, (tiny_base.Phase(30, 2, 1, 2), tiny_base.Phase(10, 1, 2, 2)))
     runs = []
     for _ in range(2):
         seen: list[dict[str, float]] = []
@@ -140,7 +140,9 @@ def test_stages_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = {name: dataclasses.replace(one, steps=3, drills=2) for name, one in tiny_base.RECIPES.items()}
+    short = {
+        name: dataclasses.replace(one, phases=(tiny_base.Phase(3, 2, 1, 2),)) for name, one in tiny_base.RECIPES.items()
+    }
     for module in (tiny_base, tiny_pair, tiny_report):
         monkeypatch.setattr(module, "RECIPES", short)
     monkeypatch.setattr(tiny_pair, "make_bases", lambda work: [tiny_pair.make_base(work, name) for name in short])

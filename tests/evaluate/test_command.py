@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.embedded import LARGE, OFFLOAD, SMALL, TOKENS
 
 from splitdecode import cli
 from splitdecode.evaluate import command
@@ -50,14 +51,14 @@ def test_the_document(document: dict[str, Any]) -> None:
     assert (split["n"], split["samples"], split["checkpoint"]) == (12, 1, "tuned")
     assert split["accuracy"]["value"] == 1
     assert split["accuracy"]["low"] == pytest.approx(12 / (12 + 1.959964**2), abs=1e-6)
-    assert (split["offload"], split["offload_mean"]) == pytest.approx((8 / 166, 8 / 166))
-    assert (split["spans"], split["span_tokens"], split["tokens"]) == (2, 4, {"small": 158, "large": 8})
+    assert (split["offload"], split["offload_mean"]) == pytest.approx((OFFLOAD, OFFLOAD))
+    assert (split["spans"], split["span_tokens"], split["tokens"]) == (2, 4, {"small": SMALL, "large": LARGE})
     assert split["ms_per_answer"] == pytest.approx(sum(split["ms"].values()))
-    assert split["ms_per_token"] == pytest.approx(split["ms_per_answer"] / 166)
+    assert split["ms_per_token"] == pytest.approx(split["ms_per_answer"] / TOKENS)
     assert split["wall_ms_per_answer"] > 0.5 * split["ms_per_answer"]
     assert split["finish"] == {"stop": 12}
     assert (split["decisions"]["f1"], split["decisions"]["kappa"], split["decisions"]["coverage"]) == (1, 1, 1)
-    assert row_of(document, "two-products", "random")["rate"] == {"share": pytest.approx(8 / 166), "chunk": 4}
+    assert row_of(document, "two-products", "random")["rate"] == {"share": pytest.approx(OFFLOAD), "chunk": 4}
     assert row_of(document, "two-products", "forced")["kept"] == {"on_reference": 24, "spans": 24}
     assert row_of(document, "one-product", "forced")["kept"]["on_reference"] == 0
     assert row_of(document, "two-products", "large")["tokens"]["small"] == 0
@@ -72,17 +73,17 @@ def test_the_tables(ran: Path, document: dict[str, Any]) -> None:
     text = (ran / "results.md").read_text("utf-8")
     assert text == markdown(document)
     split = row_of(document, "two-products", "split")
-    assert split["health"]["offload"] == pytest.approx(8 / 166)
+    assert split["health"]["offload"] == pytest.approx(OFFLOAD)
     alarm = "offload: 0.5, above 0.2: too much"
     alarmed = {**document, "rows": [{**row, "alarms": [alarm]} for row in document["rows"]]}
     assert f"Alarm, split: {alarm}." in markdown(alarmed).splitlines()
     for said in (
         "## two-products\n",
-        "| split | 100.0 [75.8, 100.0] | 4.82 | 2.00 | 158.0 / 8.0 | ",
+        f"| split | 100.0 [75.8, 100.0] | {100 * OFFLOAD:.2f} | 2.00 | {SMALL:.1f} / {LARGE:.1f} | ",
         "| split | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 24 / 24 |",
         "forced: 24 of 24 forced spans began on the labelled solution",
         "split - large: +0.0 [+0.0, +0.0]",
-        "| two-products | 100.0 [75.8, 100.0] at 4.8 %, F1 1.00 | 0.0 [",
+        f"| two-products | 100.0 [75.8, 100.0] at {100 * OFFLOAD:.1f} %, F1 1.00 | ",
     ):
         assert said in text, said
     rows = [line for line in text.splitlines() if line.startswith("| ")]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.embedded import OFFLOAD
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -52,7 +53,7 @@ def test_answers(decoder: SplitDecoder) -> None:
     texts = model.generate_until([asked(task.prompt, until=["Question:"]) for task in TASKS], disable_tqdm=True)
     assert [boxed(text) for text in texts] == [task.answer for task in TASKS]
     assert all("<think>" not in text for text in texts)
-    assert [m.offload_fraction for m in model.metrics] == pytest.approx([8 / 166] * 3)
+    assert [m.offload_fraction for m in model.metrics] == pytest.approx([OFFLOAD] * 3)
 
 
 def test_policies(decoder: SplitDecoder) -> None:
@@ -220,7 +221,7 @@ def test_a_local_task_from_our_command(folder: Path, tmp_path: Path) -> None:
     for policy in ("large", "split"):
         assert rows["splitdecode_boxes", policy]["metrics"]["exact_match,box"] == 1
         assert rows["splitdecode_choices", policy]["metrics"]["acc,none"] == 1
-    assert rows["splitdecode_boxes", "split"]["offload"] == pytest.approx(8 / 166)
+    assert rows["splitdecode_boxes", "split"]["offload"] == pytest.approx(OFFLOAD)
     assert 0 <= rows["splitdecode_boxes", "random"]["offload"] < 0.3
     assert rows["splitdecode_choices", "split"]["offload"] is None  # a likelihood hands nothing over
     assert "| splitdecode_boxes | split | exact_match,box 1" in (tmp_path / "results.md").read_text("utf-8")

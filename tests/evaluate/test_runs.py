@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.embedded import OFFLOAD
 
 import splitdecode
 from splitdecode import RequestError
@@ -48,7 +49,7 @@ def test_health_is_of_rows_whose_hand_offs_the_tags_decide(outcomes: dict[str, O
     assert {name for name, outcome in outcomes.items() if outcome.health is not None} == {"split", "accept"}
     split = outcomes["split"]
     assert split.health is not None
-    assert split.health["offload"] == pytest.approx(8 / 166)
+    assert split.health["offload"] == pytest.approx(OFFLOAD)
     assert split.health["tags"] == split.health["no_return"] == 0
     assert {alarm.partition(":")[0] for outcome in outcomes.values() for alarm in outcome.alarms} <= {"slow", "no_gain"}
 
@@ -56,7 +57,7 @@ def test_health_is_of_rows_whose_hand_offs_the_tags_decide(outcomes: dict[str, O
 def test_random_runs_last_at_the_rate_of_the_split_row(outcomes: dict[str, Outcome]) -> None:
     assert list(outcomes)[-1] == "random"
     split, random = outcomes["split"], outcomes["random"]
-    assert split.measured_rate == Rate(8 / 166, 4)
+    assert split.measured_rate == Rate(OFFLOAD, 4)
     assert random.rate == split.measured_rate
     assert 0 < random.measured_rate.share < 0.15
     assert outcomes["large"].measured_rate.share == 1

@@ -13,6 +13,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
 import splitdecode
 from splitdecode.errors import CheckpointError, RequestError
@@ -92,8 +93,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @cache
 def made(name: str) -> Tokenizer:
-    if name == "tiny":
-        return Tokenizer.from_directory(PAIR / "small")
+    if name == "words":
+        return Tokenizer.from_directory(Path(__file__).resolve().parents[1] / "oracles" / "unigram")
     specials = {key: value["content"] if isinstance(value, dict) else value for key, value in CONFIGS[name].items()}
     return Tokenizer(json.loads(BUILT[name]().to_str()), specials, None, name)
 
@@ -108,7 +109,7 @@ def joined(tokenizer: Tokenizer, ids: list[int]) -> bytes:
     return b"".join(tokenizer.token_bytes[i] for i in ids)
 
 
-@pytest.mark.parametrize("name", ["byte_level", "llama2", "unigram", "undecoded", "tiny"])
+@pytest.mark.parametrize("name", ["byte_level", "llama2", "unigram", "undecoded", "words"])
 def test_bytes_follow_the_decoder(name: str) -> None:
     """Against the library: an id between two copies of a plain token adds exactly its bytes."""
     tokenizer = made(name)
@@ -180,7 +181,7 @@ def test_in_the_middle_as_in_the_model(text: str) -> None:
         assert tokenizer.encode_bytes(text.encode()) == own
 
 
-@pytest.mark.parametrize("name", ["unigram", "tiny"])
+@pytest.mark.parametrize("name", ["unigram", "words"])
 @settings(max_examples=100, deadline=None)
 @given(data=st.text("abchelo rt.,<>/ 01x\n", max_size=20) | st.text(max_size=5))
 def test_text_comes_back_or_is_refused(name: str, data: str) -> None:
@@ -304,8 +305,8 @@ def test_same_ids() -> None:
     assert not made("byte_level").same_ids(made("llama2"))
 
 
-def test_the_embedded_pair() -> None:
-    tokenizer = made("tiny")
+def test_words_and_special_tags() -> None:
+    tokenizer = made("words")
     text = "Work out 32*51+73*55-143.\n<think>\n32*51=<bigmodel>1632</bigmodel>\n"
     ids = tokenizer.encode(text)
     assert joined(tokenizer, ids) == text.encode()
@@ -313,7 +314,7 @@ def test_the_embedded_pair() -> None:
     tags = {tokenizer.id_of("<bigmodel>"), tokenizer.id_of("</bigmodel>")}
     assert tags < set(ids) & tokenizer.special_ids
     assert joined(tokenizer, tokenizer.encode_bytes(b"51=16\n")) == b"51=16\n"
-    with pytest.raises(RequestError, match=r"b'<>.*': no plain token of .*tiny-pair"):
+    with pytest.raises(RequestError, match=r"b'<>.*': no plain token of .*unigram"):
         tokenizer.encode_bytes(b"1<bigmodel>2")  # its vocabulary has the tags, but no < or > by itself
     assert tokenizer.decode(ids, skip_special_tokens=True) == "Work out 32*51+73*55-143.\n\n32*51=1632\n"
     tokenizer.check_against_vocab(152, "config.json")
@@ -321,13 +322,26 @@ def test_the_embedded_pair() -> None:
         tokenizer.check_against_vocab(149, "config.json")
 
 
+def test_the_embedded_pair_has_tags_as_text_that_merges_at_both_edges() -> None:
+    tokenizer, theirs = Tokenizer.from_directory(PAIR / "small"), AutoTokenizer.from_pretrained(PAIR / "small")
+    text = "32*51=<bigmodel>1632</bigmodel>\nthousands 5-0-0=5 ☃é"
+    ids = tokenizer.encode(text)
+    assert theirs.encode(text) == ids
+    assert theirs.decode(ids) == text
+    pieces = [tokenizer.token_bytes[i] for i in ids]
+    assert pieces[5:9] == [b"=<", b"big", b"model", b">"]
+    assert pieces[13:17] == [b"</", b"big", b"model", b">\n"]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_ids) == (None, 0, {0})
+    assert tokenizer.id_of("<bigmodel>") is None
+
+
 def test_unknown_characters_do_not_end_the_text() -> None:
     with pytest.raises(RequestError, match=r"prompt: found '\\u2603\\xe9', expected characters in the vocabulary"):
-        made("tiny").encode("ab ☃é☃")
+        made("words").encode("ab ☃é☃")
     assert made("unigram").encode("☃")  # a real <unk> is the checkpoint's business
 
 
-@pytest.mark.parametrize("name", ["byte_level", "tiny"])
+@pytest.mark.parametrize("name", ["byte_level", "words"])
 def test_text_that_is_no_text(name: str) -> None:
     with pytest.raises(RequestError, match="UTF-8"):
         made(name).encode("a\ud800b")
