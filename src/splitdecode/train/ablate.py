@@ -130,7 +130,7 @@ def _annotated(plan: Plan, source: str) -> Record:
         if recipe is None:
             failed = _annotate(plan, source, RuleAnnotator())
         elif not isinstance(recipe, Path):
-            with SplitDecoder.from_pretrained(plan.base, plan.large, device=plan.device) as decoder:
+            with SplitDecoder.from_pretrained(plan.base, plan.large, **plan.options) as decoder:
                 failed = _annotate(plan, source, GapAnnotator(decoder, Pair(plan.base, plan.large), recipe))
         tagged = list(_tagged(read_traces(_file(plan, source), "--sources")))
         found = statistics(tagged)
@@ -202,7 +202,7 @@ def _asked(plan: Plan, cell: Cell) -> Record:
     small = model_of(plan, cell)
 
     def make() -> Record:
-        with SplitDecoder.from_pretrained(small, plan.large, device=plan.device, max_num_seqs=64) as decoder:
+        with SplitDecoder.from_pretrained(small, plan.large, **plan.options, max_num_seqs=64) as decoder:
             return _answers(plan, [Row("split")], decoder, dict.fromkeys(task.name for task in plan.tasks))
 
     return once(plan.output / "eval" / f"{small.parent.name}_{small.name}.json", make)
@@ -218,7 +218,7 @@ def _baselines(plan: Plan, asked: list[Record]) -> Record:
             spans = [row["span_tokens"] for row in rows if row["span_tokens"] is not None]
             share = fmean(row["offload"] for row in rows)
             rates[task.name] = Rate(share, max(1, round(fmean(spans))) if spans else NO_SPAN)
-        with SplitDecoder.from_pretrained(plan.base, plan.large, device=plan.device, max_num_seqs=64) as decoder:
+        with SplitDecoder.from_pretrained(plan.base, plan.large, **plan.options, max_num_seqs=64) as decoder:
             return _answers(plan, BASELINES, decoder, rates)
 
     return once(plan.output / "eval" / "baselines.json", make)

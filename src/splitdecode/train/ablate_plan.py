@@ -53,12 +53,13 @@ class Plan:
     traces            untagged solutions, annotated once per source                   questions  {prompt: right answer}
     labels            the same traces with the families' own labels, by digest; empty where there are none
     tasks             what every model is asked                                       asking  and how
+    options           of SplitDecoder.from_pretrained, for annotation and evaluation
     identity          what tells this run from others, as JSON has it
     """
 
     base: str
     large: str
-    device: str
+    options: dict[str, Any]
     output: Path
     sources: dict[str, Source]
     sft: dict[str, Settings]
@@ -101,15 +102,17 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for task in tasks:
         asking.params(task)  # what cannot be sampled is said now
     files = {"data": args.data, "eval_data": args.eval_data, **sources}
+    options = {"device": args.device, "dtype": args.dtype or ("float32" if args.device == "cpu" else "auto")}
     identity = {
         "base": args.base,
         "large": args.large,
+        "dtype": options["dtype"],
         "families": families,
         **{name: getattr(args, name) for name in ("n", "eval_n", "data_seed", "temperature", "max_tokens", "scorer")},
         **{"sources": list(sources), "sft": list(tuned), "rl": list(reinforced), "seeds": seeds},
         "files": {k: sha256(path.read_bytes()).hexdigest() for k, path in files.items() if isinstance(path, Path)},
     }
-    return Plan(args.base, args.large, args.device, args.output, sources, tuned, reinforced, seeds, traces, questions,
+    return Plan(args.base, args.large, options, args.output, sources, tuned, reinforced, seeds, traces, questions,
                 labels, tasks, asking, identity)  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def parse_rl(texts: Sequence[str], scoring: str | None = None) -> dict[str, Grpo
             raise RequestError(f"--rl: found {text!r}, expected {NONE}, {' or '.join(_GRPO)}, with [:key=value,...]")
         with _named(f"--rl: {text}"):
             usual = {} if scoring is None else {"scoring": scoring}
-            chosen = grpo_run.preset(_GRPO[head], **usual, **_options(text, GrpoSettings, usual))
+            chosen = grpo_run.preset(_GRPO[head], **{**usual, **_options(text, GrpoSettings)})
             combine(grpo_run.weights_of(chosen.rewards), scoring=chosen.scoring, kind=chosen.latency)
         found[text] = chosen
     return found
@@ -178,8 +181,8 @@ def folders(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _options(text: str, kind: type[Any], usual: dict[str, str] | None = None) -> dict[str, Any]:
-    """What stands behind the colon, as the fields of `kind` have it; takes what is given there out of `usual`."""
+def _options(text: str, kind: type[Any]) -> dict[str, Any]:
+    """What stands behind the colon, as the fields of `kind` have it."""
     known = {field.name: str(field.type).partition(" ")[0] for field in fields(kind) if field.name != "seed"}
     found: dict[str, Any] = {}
     _, mark, rest = text.partition(":")
@@ -196,7 +199,6 @@ def _options(text: str, kind: type[Any], usual: dict[str, str] | None = None) ->
             found[name] = read(value)
         except (ValueError, KeyError):
             raise RequestError(f"{name}: found {value!r}, expected {expected}") from None
-        (usual or {}).pop(name, None)
     return found
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from splitdecode.decoder import DTYPES
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import FAMILIES
 from splitdecode.train import ablate, ablate_plan, ablate_report, grpo_run, log_plot, sft
@@ -109,6 +110,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--temperature", type=float, help="of the evaluation (default: 0 for families, 0.6)")
     what.add_argument("--max-tokens", type=int, help="of an answer (default: 400 for families, 16384)")
     parser.add_argument("--device", default="cpu", help="of gap and evaluation (default cpu)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="there (default: float32 on cpu, else the file's)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
 
 
