@@ -147,8 +147,9 @@ def test_the_front() -> None:
 
 
 def test_commands_hold_no_paths() -> None:
-    argv = ["--output-dir", "/home/me/out", "--data", "aime24=/data/a.jsonl", "--small", "org/name", "--n", "3"]
+    argv = ["eval", "--output-dir", "/home/me/out", "--data", "aime24=/data/a.jsonl", "--small", "org/name", "--n", "3"]
     assert command_line(argv) == "splitdecode eval --output-dir out --data aime24=a.jsonl --small org/name --n 3"
+    assert command_line(["train", "ablate", "--sources", "file:/a/b.jsonl"]).endswith(" --sources file:b.jsonl")
 
 
 # ---- wrong input

@@ -220,7 +220,7 @@ def _document(args: argparse.Namespace, source: PairSource) -> dict[str, Any]:
     return {
         "kind": report.KIND,
         "version": 1,
-        "command": report.command_line(args.argv[1:]),
+        "command": report.command_line(args.argv),
         "provenance": report.provenance(),
         "pair": {"name": source.name, "trained_on": args.trained_on or source.trained_on},
         "settings": {name: getattr(args, name) for name in names},

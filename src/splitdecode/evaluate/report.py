@@ -84,10 +84,10 @@ def comparisons(outcomes: Sequence[Outcome], seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def provenance() -> dict[str, Any]:
+def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What the figures were measured on and with: models and versions, no names and no paths."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def provenance() -> dict[str, Any]:
 
 def command_line(argv: Sequence[str]) -> str:
     """The command as one would type it again; of files and folders only their names."""
-    return shlex.join(["splitdecode", "eval", *(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", a) for a in argv)])
+    return shlex.join(["splitdecode", *(re.sub(r"(^|=|^file:)/(?:[^/]*/)*", r"\1", a) for a in argv)])
 
 
 def read(file: Path) -> dict[str, Any]:

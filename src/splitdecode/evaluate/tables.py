@@ -42,36 +42,36 @@ def markdown(document: dict[str, Any]) -> str:
 def matrix(cells: Sequence[dict[str, Any]]) -> list[str]:
     """The cells of `transfer` as a Markdown table: accuracy, offload, F1."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
-    out = _head(["trained on", *tasks])
+    out = head(["trained on", *tasks])
     for trained in dict.fromkeys(cell["trained_on"] for cell in cells):
         mine = {cell["task"]: cell for cell in cells if cell["trained_on"] == trained}
-        out.append(_line([trained, *(_cell(mine[task]) if task in mine else "-" for task in tasks)]))
+        out.append(line([trained, *(_cell(mine[task]) if task in mine else "-" for task in tasks)]))
     return out
 
 
 def _cell(cell: dict[str, Any]) -> str:
     f1 = "" if cell["f1"] is None else f", F1 {cell['f1']:.2f}"
-    return f"{_interval(cell['accuracy'])} at {100 * cell['offload']:.1f} %{f1}"
+    return f"{interval(cell['accuracy'])} at {100 * cell['offload']:.1f} %{f1}"
 
 
 def _task(document: dict[str, Any], task: str) -> list[str]:
     rows = [row for row in document["rows"] if row["task"] == task]
-    out = _head(["policy", "accuracy %", "offload %", "spans", "tokens small / large", "ms per answer", "ms per token",
+    out = head(["policy", "accuracy %", "offload %", "spans", "tokens small / large", "ms per answer", "ms per token",
                  "CPU ms", "wall ms", "truncated"])  # fmt: skip
-    out += [_line(_row(row)) for row in rows]
+    out += [line(_row(row)) for row in rows]
     for row in rows:
         out += [line for alarm in row.get("alarms", ()) for line in ("", f"Alarm, {row['policy']}: {alarm}.")]
     if labelled := [row for row in rows if row["decisions"]]:
-        out += ["", *_head(["hand-offs", "P", "R", "F1", "IoU", "kappa", "hit", "spans labelled / handed"])]
+        out += ["", *head(["hand-offs", "P", "R", "F1", "IoU", "kappa", "hit", "spans labelled / handed"])]
         names = ("precision", "recall", "f1", "iou", "kappa", "hit_rate")
         for row in labelled:
             found = row["decisions"]
             counts = f"{found['labelled']} / {found['handed']}"
-            out.append(_line([row["policy"], *(_number(found[name], ".3f") for name in names), counts]))
+            out.append(line([row["policy"], *(number(found[name], ".3f") for name in names), counts]))
         out += _footnotes(labelled)
     pairs = [pair for pair in document["paired"] if pair["task"] == task]
     if pairs:
-        shown = [f"{pair['policy']} - {pair['minus']}: {_interval(pair['accuracy'], sign='+')}" for pair in pairs]
+        shown = [f"{pair['policy']} - {pair['minus']}: {interval(pair['accuracy'], sign='+')}" for pair in pairs]
         out += ["", "Differences of accuracy, paired bootstrap: " + "; ".join(shown) + "."]
     return out
 
@@ -81,7 +81,7 @@ def _row(row: dict[str, Any]) -> list[str]:
     truncated = row["finish"].get("length", 0) / sum(row["finish"].values())
     return [
         row["policy"],
-        _interval(row["accuracy"]),
+        interval(row["accuracy"]),
         f"{100 * row['offload']:.2f}",
         f"{row['spans']:.2f}",
         f"{tokens[str(Role.SMALL)]:.1f} / {tokens[str(Role.LARGE)]:.1f}",
@@ -107,25 +107,29 @@ def _footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _lm_eval(rows: Sequence[dict[str, Any]]) -> list[str]:
-    out = _head(["task", "policy", "metrics", "offload %", "ms per answer"])
+    out = head(["task", "policy", "metrics", "offload %", "ms per answer"])
     for row in rows:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items() if value is not None)
-        out.append(_line([row["task"], row["policy"], metrics, _number(row["offload"], ".2f", 100),
-                          _number(row["ms_per_answer"], ".2f")]))  # fmt: skip
+        out.append(line([row["task"], row["policy"], metrics, number(row["offload"], ".2f", 100),
+                          number(row["ms_per_answer"], ".2f")]))  # fmt: skip
     return out
 
 
-def _interval(interval: dict[str, Any], sign: str = "") -> str:
-    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * interval[k] for k in ("value", "low", "high")), s=sign)
+def interval(found: dict[str, Any], sign: str = "") -> str:
+    """A share and its bounds, in per cent."""
+    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * found[k] for k in ("value", "low", "high")), s=sign)
 
 
-def _number(value: float | None, form: str, scale: float = 1) -> str:
+def number(value: float | None, form: str, scale: float = 1) -> str:
+    """A figure, or "-" where it is not defined."""
     return "-" if value is None else format(scale * value, form)
 
 
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(names), line(["---", *["---:"] * (len(names) - 1)])]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a table."""
     return "| " + " | ".join(cells) + " |"

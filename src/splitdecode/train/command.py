@@ -3,6 +3,9 @@
 splitdecode train sft --model M --data traces.jsonl --output out --preset paper
 splitdecode train sft --model M --families two-products,one-product --n 2000 --output out --preset toy --epochs 4
 splitdecode train grpo --small S --large L --data questions.jsonl --output out --preset paper
+splitdecode train plot out other --output log.png
+splitdecode train ablate --base B --large L --families two-products --sources rules gap:share=0.05,window=5,merge=1 \
+                         --sft toy toy:tag_weight=2 --rl none grpo-toy grpo-toy:latency=coverage --output grid
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from splitdecode.errors import RequestError
+from splitdecode.decoder import DTYPES
+from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import FAMILIES
-from splitdecode.train import grpo_run, sft
+from splitdecode.train import ablate, ablate_plan, ablate_report, grpo_run, log_plot, sft
 from splitdecode.train.settings import PRESETS, Settings, preset
 from splitdecode.train.traces import Trace, family_traces, read_traces
 
@@ -45,7 +50,7 @@ _FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `splitdecode train sft` and `splitdecode train grpo`."""
+    """The flags of `splitdecode train sft`, `grpo`, `plot` and `ablate`."""
     ways = parser.add_subparsers(dest="way", required=True, metavar="way")
     one = ways.add_parser("sft", help="supervised fine-tuning on tagged traces")
     one.add_argument("--model", required=True, help="directory or hub id of the model to tune")
@@ -75,10 +80,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = type(field.default)
         group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__)
 
+    drawn = ways.add_parser("plot", help="the logs of GRPO runs as one picture")
+    drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="outputs of `splitdecode train grpo`")
+    drawn.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture, such as log.png")
+    _add_ablate(ways.add_parser("ablate", help="the grid annotation x SFT x RL, with a report"))
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="directory or hub id of the small model before SFT")
+    parser.add_argument("--large", required=True, help="directory or hub id of the model it hands over to")
+    parser.add_argument("--output", required=True, type=Path, help="a new directory, or one of a run to go on with")
+    axes = parser.add_argument_group("axes (each takes several, separated by spaces; key=value,... are options)")
+    axes.add_argument("--sources", nargs="+", required=True, metavar="SOURCE",
+                      help="who annotates: rules, gap[:share=0.05,window=5,merge=1], file:TAGGED")  # fmt: skip
+    axes.add_argument("--sft", nargs="+", required=True, metavar="VARIANT",
+                      help="paper or toy, with any setting of `train sft` over it: toy:tag_weight=2")  # fmt: skip
+    axes.add_argument("--rl", nargs="+", default=["none"], metavar="VARIANT",
+                      help="none, grpo-paper or grpo-toy, with any setting of `train grpo` over it: "
+                      "grpo-toy:latency=coverage,rewards=accuracy=1+latency=1 (default none)")  # fmt: skip
+    axes.add_argument("--seeds", default="0", help="of the trainings, separated by commas (default 0)")
+    what = parser.add_argument_group("what is trained on and asked")
+    what.add_argument("--families", help=f"training problems; held-out ones are asked: {', '.join(FAMILIES)}")
+    what.add_argument("--data", type=Path, metavar="FILE", help='or JSON lines with "prompt", "trace" and "answer"')
+    what.add_argument("--eval-data", type=Path, metavar="FILE", help='with --data: lines with "question" and "answer"')
+    what.add_argument("--n", type=int, help="traces (default: 1000 per family, else all)")
+    what.add_argument("--eval-n", type=int, help="questions (default: 100 per family, else all)")
+    what.add_argument("--data-seed", type=int, default=0, help="which problems, which draws of answers (default 0)")
+    what.add_argument("--scorer", help="of --eval-data and RL: integer, math or aime")
+    what.add_argument("--temperature", type=float, help="of the evaluation (default: 0 for families, 0.6)")
+    what.add_argument("--max-tokens", type=int, help="of an answer (default: 400 for families, 16384)")
+    parser.add_argument("--device", default="cpu", help="of gap and evaluation (default cpu)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="there (default: float32 on cpu, else the file's)")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
 
 def main(args: argparse.Namespace) -> int:
-    """Trains; 0 when the tuned model is saved."""
-    return reinforce(args) if args.way == "grpo" else tune(args)
+    """Trains, or draws; 0 when what was asked for is there."""
+    return {"sft": tune, "grpo": reinforce, "plot": draw, "ablate": compare}[args.way](args)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """`splitdecode train ablate`."""
+    plan = ablate_plan.plan_of(args)
+    found = ablate.run(plan, lambda stage: print(f"splitdecode train: {stage}", file=sys.stderr, flush=True))
+    document = ablate_report.document(plan, found, args.argv)
+    ablate_report.write(document, args.output)
+    print(json.dumps(document) if args.json else ablate_report.markdown(document))
+    return 0
+
+
+def draw(args: argparse.Namespace) -> int:
+    """`splitdecode train plot`."""
+    log_plot.plot(args.runs, args.output)
+    print(f"saved to {args.output}")
+    return 0
 
 
 def reinforce(args: argparse.Namespace) -> int:
@@ -95,6 +150,8 @@ def reinforce(args: argparse.Namespace) -> int:
     for when, line in (("first step", steps[:1]), ("last step", steps[-1:])):
         for figures in line:
             print(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    with suppress(MissingExtraError):
+        log_plot.plot([args.output], args.output / "log.png")
     print(f"saved to {args.output}")
     return 0
 

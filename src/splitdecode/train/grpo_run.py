@@ -129,7 +129,7 @@ def train(
 
     try:
         import trl  # noqa: F401
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
     except ImportError as error:
         raise MissingExtraError((error.name or "trl").partition(".")[0], "train", "GRPO") from error
     target, size = Path(output), settings.prompts * settings.generations
@@ -161,6 +161,7 @@ def train(
         use_cpu=not torch.cuda.is_available(), bf16=False, output_dir=str(target / "checkpoints"), logging_steps=10**9,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=2,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it writes to standard output
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     write_model(policy, checkpoint.directory, target)
     return rollouts.steps

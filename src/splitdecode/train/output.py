@@ -16,10 +16,11 @@ from splitdecode.errors import CheckpointError, RequestError
 from splitdecode.models.checkpoint import read_json
 
 
-def claim(target: Path, mine: Mapping[str, Any]) -> None:
+def claim(target: Path, mine: Mapping[str, Any], begun: bool = False) -> None:
     """The output is empty, or holds this very run: other settings would go on with a wrong schedule or data.
 
-    mine: what tells the run from others, as JSON has it. Raises RequestError.
+    mine: what tells the run from others, as JSON has it; begun: it holds products besides models and checkpoints.
+    Raises RequestError.
     """
     file = target / "run.json"
     if file.is_file():
@@ -30,7 +31,7 @@ def claim(target: Path, mine: Mapping[str, Any]) -> None:
         differ = [name for name in mine if theirs.get(name) != mine[name]]
         if not differ:
             return
-        if (target / "config.json").exists() or newest_checkpoint(target / "checkpoints") is not None:
+        if begun or (target / "config.json").exists() or newest_checkpoint(target / "checkpoints") is not None:
             raise RequestError(f"--output: {target} holds a run with {differ[0]} {theirs.get(differ[0])!r}, found "
                                f"{mine[differ[0]]!r}: expected the same to go on, or another directory")  # fmt: skip
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):

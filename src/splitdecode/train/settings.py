@@ -57,6 +57,9 @@ class Settings:
         if self.global_batch % self.micro_batch:
             raise RequestError(f"global_batch: found {self.global_batch}, expected a multiple of micro_batch, "
                                f"{self.micro_batch}")  # fmt: skip
+        if self.matrix_rate and self.lora_rank:
+            raise RequestError(f"matrix_rate: found {self.matrix_rate} with lora_rank {self.lora_rank}, expected one "
+                               "of the two: Muon is for whole matrices")  # fmt: skip
 
 
 def preset(name: str, **changes: Any) -> Settings:

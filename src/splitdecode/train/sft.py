@@ -238,9 +238,6 @@ def _arguments(target: Path, settings: Settings) -> Any:
 def _optimizer(network: Any, settings: Settings) -> Any:
     if not settings.matrix_rate:
         return None
-    if settings.lora_rank:
-        raise RequestError(f"matrix_rate: found {settings.matrix_rate} with lora_rank {settings.lora_rank}, expected "
-                           "one of the two: Muon is for whole matrices")  # fmt: skip
     return MuonAdam(network, matrix_rate=settings.matrix_rate, rate=settings.learning_rate)
 
 

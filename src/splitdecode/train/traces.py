@@ -42,16 +42,16 @@ class Example:
     in_tag: list[bool]
 
 
-def read_traces(file: Path) -> list[Trace]:
-    """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming file and line."""
+def read_traces(file: Path, flag: str = "--data") -> list[Trace]:
+    """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming the flag, file and line."""
     try:
         lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise RequestError(f"--data: {file}: found no text to read ({reason})") from None
-    traces = [_trace(f"--data: {file}:{n}", line) for n, line in lines]
+        raise RequestError(f"{flag}: {file}: found no text to read ({reason})") from None
+    traces = [_trace(f"{flag}: {file}:{n}", line) for n, line in lines]
     if not traces:
-        raise RequestError(f"--data: {file}: found no traces, expected one JSON object a line")
+        raise RequestError(f"{flag}: {file}: found no traces, expected one JSON object a line")
     return traces
 
 
