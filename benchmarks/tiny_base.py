@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from splitdecode.train.muon import MuonAdam
 from splitdecode.train.scratch import Shape
 
 MIX = {"two-products": 0.35, "two-products-reworded": 0.15, "one-product": 0.2, "three-products": 0.3}
+OTHERS = {"two-products": 0.15, "two-products-reworded": 0.05, "one-product": 0.4, "three-products": 0.4}
 FACTS = [(a, b) for a in range(21, 80) for b in range(21, 80) if 1000 <= a * b <= 4999]
 DRILL = "Products.\n"
 DRILL_LINES = 20
@@ -38,7 +39,8 @@ _IGNORED = -100
 class Phase:
     """So many steps, each of `drills` lists of products and `groups` x `rows` solved problems, a group of one family.
 
-    matrix_rate, rate: peaks, of Muon and AdamW; both begin and end low.
+    matrix_rate, rate: peaks, of Muon and AdamW; both begin and end low, unless the phase ends before its schedule, of
+    `schedule` steps, does (0: of as many as it has). mix: the share of each family.
     """
 
     steps: int
@@ -47,6 +49,8 @@ class Phase:
     rows: int
     matrix_rate: float = 0.02
     rate: float = 3e-3
+    schedule: int = 0
+    mix: Mapping[str, float] = field(default_factory=lambda: MIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,17 @@ class Recipe:
 
 
 RECIPES = {
-    "large": Recipe(Shape(128, 4, 4, 2, 384), 1, (Phase(2600, 11, 2, 3), Phase(600, 2, 4, 4))),
-    "small-base": Recipe(Shape(64, 2, 4, 2, 128), 2, (Phase(7000, 3, 3, 6),)),
+    "large": Recipe(
+        Shape(128, 4, 4, 2, 384),
+        1,
+        (
+            Phase(2600, 11, 2, 3),
+            Phase(600, 2, 4, 4),
+            Phase(600, 4, 4, 4, 0.01, 1.5e-3),
+            Phase(400, 4, 4, 6, 0.01, 1.5e-3, mix=OTHERS),
+        ),
+    ),
+    "small-base": Recipe(Shape(64, 2, 4, 2, 128), 2, (Phase(4900, 3, 3, 6, schedule=7000),)),
 }
 
 
@@ -83,15 +96,18 @@ def drill(rng: random.Random) -> tuple[str, str]:
 
 
 class Lessons:
-    """Rows of equal length, ids and labels [B, T]: of families, drawn by MIX, and of drills."""
+    """Rows of equal length, ids and labels [B, T]: of families and of drills."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, part: str) -> None:
         self._tokenizer, self._rng, self._part = tokenizer, random.Random(seed), part
         self._problems = {name: stream(seed + 1, name, part) for name in FAMILIES}
 
-    def family(self, rows: int, name: str | None = None) -> tuple[Tensor, Tensor]:
+    def drawn(self, rows: int, mix: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Solved problems of one family, drawn by its share in the mix, in one wording."""
+        return self.family(rows, self._rng.choices(list(mix), list(mix.values()))[0])
+
+    def family(self, rows: int, name: str) -> tuple[Tensor, Tensor]:
         """Solved problems of one family in one wording."""
-        name = name or self._rng.choices(list(MIX), list(MIX.values()))[0]
         wordings = len(FAMILIES[name].wordings)
         drawn = list(islice(self._problems[name], rows * wordings))
         return self._rows((p.prompt, p.trace) for p in drawn[self._rng.randrange(wordings) :: wordings])
@@ -119,17 +135,18 @@ def teach(
     *,
     matrix_rate: float,
     rate: float,
+    schedule: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Trains in place: each step on what `batches` gives, ids and labels [B, T]; the loss is the mean of a label.
 
-    Clipped at norm 1; 3 % of the steps warm up, then a cosine down to 2 %.
+    Clipped at norm 1; 3 % of the schedule's steps (0: of `steps`) warm up, then a cosine goes down to 2 %.
     """
     optimizer = MuonAdam(model, matrix_rate=matrix_rate, rate=rate)
     peaks = [group["lr"] for group in optimizer.param_groups]
     model.train()
     for step in range(steps):
-        done = (step + 1) / steps
+        done = (step + 1) / (schedule or steps)
         scale = min(done / 0.03, 1.0) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = scale * peak
@@ -152,7 +169,7 @@ def teach(
 
 @torch.no_grad()
 def mastery(model: Any, tokenizer: Tokenizer, rows: int = 64) -> dict[str, float]:
-    """Share of held-out problems a model would solve, greedy, by family; of their easy tokens alone; of their hard.
+    """Share of held-out problems, of a family in one wording, a model would solve, greedy; their easy tokens; their hard.
 
     An argmax that is right after every right prefix is the greedy answer.
     """
@@ -191,12 +208,13 @@ def base(start: Path, recipe: Recipe, report: Callable[[dict[str, float]], None]
     for phase in recipe.phases:
 
         def batches(phase: Phase = phase) -> list[tuple[Tensor, Tensor]]:
-            return [lessons.drills(phase.drills), *(lessons.family(phase.rows) for _ in range(phase.groups))]
+            return [lessons.drills(phase.drills), *(lessons.drawn(phase.rows, phase.mix) for _ in range(phase.groups))]
 
         def on_step(step: int, loss: float, before: int = before) -> None:
             if (before + step) % max(1, recipe.steps // REPORTS) == 0:
                 report({"step": before + step, "loss": loss, **mastery(model, tokenizer)})
 
-        teach(model, batches, phase.steps, matrix_rate=phase.matrix_rate, rate=phase.rate, on_step=on_step)
+        rates = {"matrix_rate": phase.matrix_rate, "rate": phase.rate, "schedule": phase.schedule}
+        teach(model, batches, phase.steps, **rates, on_step=on_step)
         before += phase.steps
     return model

@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/tiny_pair.py --work build/tiny-pair --install
 
     large, small-base   taught from random weights, side by side, a thread each (benchmarks/tiny_base.py)
-    traces              solutions of the training part, annotated by the gap between the two: no third model
+    traces              solutions of the training part, tags around the values of their products
     sft                 small-base learns from them where to hand over: splitdecode train sft
     small               and, by its own answers with the large model at work, where it pays: splitdecode train grpo
     eval                held-out problems of all families, every policy: splitdecode eval
@@ -43,8 +43,7 @@ MODELS = ("large", "small-base", "small")
 POLICIES = "small-base,small,large,split,accept,reject,random-base,random,forced-base,forced"
 
 COMMANDS = {  # run in the folder of the work
-    "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by gap --small small-base "
-    "--large large --share 0.045 --window 5 --merge 1",
+    "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by rules",
     "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy --matrix-rate 0.01 "
     "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --save-steps 500",
     "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy "
