@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from arrivals import closed_loop, open_loop, poisson, sleeper
 from harness import Timed, bandwidths, machine, product_rate, race, use_threads
-from measure import describe_pair, floor_ms, modes_of, peer_of
+from measure import describe_pair, floor_ms, modes_of
 from pairs import build, check_fits, resolve
-from peers import TransformersPeer, versions
+from peers import TransformersPeer, peer_of, versions
 from runs import Job
 from serving import Watch
 from traces import make_trace, workload

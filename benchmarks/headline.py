@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from harness import Spread, bandwidths, finish, free_memory, machine, read_bandwidth, show_table, use_threads
 from pairs import Source, build, check_fits, resolve
-from peers import TransformersPeer
+from peers import peer_of
 from runs import observed_once
 from traces import Trace, make_trace
 
@@ -184,9 +184,7 @@ class Headline:
             if source.resident_bytes * 1.1 > free_memory(self.args.device):
                 found[str(role)] = "does not fit beside the pair"
                 continue
-            peer = TransformersPeer(
-                self.sources, [role], self.args.device, None, Pair([], []), min(self.decoder.vocab_limits)
-            )
+            peer = peer_of(self.decoder, self.sources, [role], self.args.device)
             prompt, tokens = self._ids(run.prompt), min(run.tokens, 64)
             for count in (1, tokens, 1, tokens):
                 start = time.perf_counter()

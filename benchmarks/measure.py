@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from harness import Timed, bandwidths, machine, race, read_bandwidth, use_threads
 from pairs import Source, build, check_fits, resolve
-from peers import TransformersPeer, versions
+from peers import peer_of, versions
 from runs import MODES, Job, describe, is_by_tags, observed, run
 from traces import Trace, make_trace
 
@@ -205,11 +205,3 @@ def modes_of(text: str) -> list[str]:
     if not modes or not set(modes) <= set(MODES):
         raise RequestError(f"--modes: found {text!r}, expected some of {','.join(MODES)}")
     return [mode for mode in MODES if mode in modes]
-
-
-def peer_of(decoder: SplitDecoder, sources: Pair[Source], roles: list[Role], device: str) -> TransformersPeer:
-    """The same pair on transformers."""
-    single = [ids[0] for ids in decoder.tokens.tag_ids if len(ids) == 1]
-    tags = (single[0], single[1]) if len(single) == 2 else None
-    ends = decoder.tokenizers.map(lambda t: [] if t.eos_id is None else [t.eos_id])
-    return TransformersPeer(sources, roles, device, tags, ends, min(decoder.vocab_limits))

@@ -169,7 +169,7 @@ def teach(
 
 @torch.no_grad()
 def mastery(model: Any, tokenizer: Tokenizer, rows: int = 64) -> dict[str, float]:
-    """Share of held-out problems, of a family in one wording, a model would solve, greedy; their easy tokens; their hard.
+    """Share of held-out problems, a family in one wording, that a model solves, greedy; of their easy tokens; hard.
 
     An argmax that is right after every right prefix is the greedy answer.
     """

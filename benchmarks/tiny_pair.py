@@ -45,9 +45,8 @@ POLICIES = "small-base,small,large,split,accept,reject,random-base,random,forced
 COMMANDS = {  # run in the folder of the work
     "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by rules",
     "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy --matrix-rate 0.01 "
-    "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --save-steps 500",
-    "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy "
-    "--steps 100 --save-steps 50",
+    "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --tags-apart 0.2 --save-steps 500",
+    "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy",
     "eval": f"eval --small small --large large --base small-base --trained-on {FAMILY} --families {FAMILY},{OTHERS} "
     f"--n 500 --policies {POLICIES} --output-dir eval",
 }

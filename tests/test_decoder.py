@@ -67,7 +67,7 @@ def test_prompts_of_all_kinds_are_one_prompt(decoder: SplitDecoder) -> None:
         ({"prompt_token_ids": [5, 1.5]}, "token id 1.5"),
         ([[]], "prompt: found no tokens"),
         ([5, "a"], "prompt: found 5"),
-        ([5, 150], "token id 150, expected ids from 0 to 149"),
+        ([5, 364], "token id 364, expected ids from 0 to 363"),
         ([5, -1], "token id -1"),
         ([True, 5], "token id True"),
         ("a\ud800", "expected text that can be written as UTF-8"),

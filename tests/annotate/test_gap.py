@@ -127,7 +127,11 @@ def test_recipes_are_checked(options: dict[str, int]) -> None:
         GapRecipe(**options)
 
 
-def test_traces_are_refused_by_name(decoder: SplitDecoder) -> None:
+def test_traces_are_refused_by_name(decoder: SplitDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = decoder.tokenizers[Role.LARGE]
+    spell = words.encode_inserted
+    snow = [i for i, data in enumerate(words.token_bytes) if data == "\N{SNOWMAN}".encode()[:1]]
+    monkeypatch.setattr(words, "encode_inserted", lambda text: spell(text, avoid=snow))  # it cannot spell one trace
     annotator = GapAnnotator(decoder, NAMES)
     bad = [Trace("long", "p\n", "1" * 100_000), Trace("odd", "p\n", "\N{SNOWMAN}")]
     found = {one.trace.id: one for one in annotator.annotate([bad[0], TRACES[0], bad[1], TRACES[1]])}

@@ -126,10 +126,11 @@ def test_reject_all_draws_again_without_the_tag() -> None:
 
 
 def test_forced_labels_own_exactly_what_is_labelled() -> None:
-    """The embedded pair, one policy per prompt: every labelled character and no other is the large model's."""
+    """The embedded pair, one policy per prompt: every labelled character and no other is the large model's. The small
+    model is the one before SFT: the tuned one has never seen a product without tags around it."""
     task = family_task("two-products", 3, 4)
-    with SplitDecoder.demo() as decoder:
-        policies = policies_of(Row("forced"), task.items, decoder.tokens, None)
+    with SplitDecoder.demo(small="small-base") as decoder:
+        policies = policies_of(Row("forced", True), task.items, decoder.tokens, None)
         prompts = [item.prompt for item in task.items]
         outputs = decoder.generate(prompts, GREEDY, handoff=policies)
         for item, output in zip(task.items, outputs, strict=True):

@@ -152,14 +152,18 @@ def carried(text: str) -> CompletionOutput:
         return decoder.generate(problems(1, 7)[0].prompt, params)[0].outputs[0]
 
 
-def test_the_embedded_pair_has_an_end_of_thinking_of_its_own() -> None:
+def test_the_embedded_pair_ends_its_thinking() -> None:
     answer = carried("</think>\n")
     assert answer.finish_reason in ("stop", "length")
     assert "carry</think>\n" in answer.raw_text
 
 
-def test_a_text_that_cannot_be_spelled_ends_its_answer_with_an_error() -> None:
-    """The embedded pair has no other token that spells the angle brackets of a tag."""
-    answer = carried("<bigmodel>")
+def test_a_text_that_cannot_be_spelled_ends_its_answer_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tokenizer(True)
+    it = Said(one, one, "<bigmodel>")
+    spell = one.encode_inserted
+    lacking = [i for i, data in enumerate(one.token_bytes) if data == b"<"]
+    monkeypatch.setattr(one, "encode_inserted", lambda text, avoid=(): spell(text, avoid=[*avoid, *lacking]))
+    answer = it.run().outputs[0]
     assert answer.finish_reason == "error"
     assert "no plain token" in str(answer.stop_reason)

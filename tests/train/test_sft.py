@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,13 +168,22 @@ def test_padding_rows_are_used_before_the_matrix_grows(tmp_path: Path) -> None:
     assert embedding(tmp_path / "out").shape == embedding(base).shape
 
 
-def test_the_embedded_pair_keeps_its_tokenizer(tmp_path: Path) -> None:
-    """Its Unigram tokenizer is one that AutoTokenizer would not read for a Qwen2: the file must stay what it was."""
+def test_tags_that_are_tokens_already_leave_the_tokenizer_as_it_is(tmp_path: Path) -> None:
+    """A Unigram is one that AutoTokenizer would not read for a Qwen2: the file must stay what it was."""
+    words, model, out = ROOT / "tests" / "oracles" / "unigram", tmp_path / "model", tmp_path / "out"
+    save_checkpoint(model, ["a"])
+    for file in words.iterdir():
+        shutil.copyfile(file, model / file.name)
+    sft.train(model, family_traces(["two-products"], 4, 0), out, replace(SHORT, max_steps=1, added_tokens=True))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (words / name).read_bytes()
+    assert embedding(out).shape == embedding(model).shape
+
+
+def test_the_embedded_pair_is_trained_on_as_it_was(tmp_path: Path) -> None:
     out, traces = tmp_path / "out", family_traces(["two-products"], 8, 0)
-    report = sft.train(PAIR / "small", traces, out, replace(SHORT, max_steps=2, added_tokens=True, learning_rate=1e-5))
+    report = sft.train(PAIR / "small", traces, out, replace(SHORT, max_steps=2, learning_rate=1e-5))
     assert report.losses[0] < 0.1
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (out / name).read_bytes() == (PAIR / "small" / name).read_bytes()
     with SplitDecoder.from_pretrained(out, PAIR / "large", kv_cache_memory="16MiB") as decoder:
         answer = decoder.generate(traces[0].prompt, SamplingParams(temperature=0, max_tokens=200))[0]
     assert "<bigmodel>" in answer.outputs[0].raw_text

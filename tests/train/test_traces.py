@@ -13,7 +13,7 @@ from splitdecode.train.settings import Settings, preset
 from splitdecode.train.traces import IGNORED, Trace, check_tags, encode, family_traces, read_traces, tag_tokens
 
 TRACES = family_traces(["one-product"], 10, 0)
-PAIR = Path(__file__).resolve().parents[2] / "src/splitdecode/data/tiny-pair/small"
+WORDS = Path(__file__).resolve().parents[1] / "oracles" / "unigram"  # has the tags as tokens of their own
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,23 @@ def test_the_prompt_is_masked_and_the_rest_is_not(tokenizer: Tokenizer) -> None:
 
 
 def test_single_added_tags_are_one_token() -> None:
-    tokenizer = Tokenizer.from_directory(PAIR)
+    tokenizer = Tokenizer.from_directory(WORDS)
     example = encode(TRACES[0], tokenizer, 0)
     marked = [i for i, tag in zip(example.input_ids, example.in_tag, strict=True) if tag]
     assert marked == [tokenizer.id_of("<bigmodel>"), tokenizer.id_of("</bigmodel>")]
+
+
+def test_tags_apart_are_encoded_by_themselves(tokenizer: Tokenizer) -> None:
+    """As a forced hand-off puts them; otherwise they merge with what stands at their edges."""
+    tag = [tokenizer.encode("<bigmodel>"), tokenizer.encode("</bigmodel>")]
+    merged = 0
+    for trace in TRACES:
+        plain, apart = encode(trace, tokenizer, 0), encode(trace, tokenizer, 0, lambda: True)
+        assert tokenizer.decode(plain.input_ids) == tokenizer.decode(apart.input_ids)
+        marked = [i for i, inside in zip(apart.input_ids, apart.in_tag, strict=True) if inside]
+        assert marked == (tag[0] + tag[1]) * trace.tagged.count("<bigmodel>")
+        merged += plain.input_ids != apart.input_ids
+    assert merged
 
 
 def test_tokens_that_hold_a_byte_of_a_tag() -> None:

@@ -36,6 +36,7 @@ _NUMBERS = {
     "micro_batch": (int, "rows a forward of one process"),
     "max_length": (int, "tokens a row; longer traces are left out"),
     "tag_weight": (float, "of the loss at tokens of tags (default 1)"),
+    "tags_apart": (float, "share of tags encoded by themselves, as forced hand-offs put them (default 0)"),
     "lora_rank": (int, "train low-rank adapters, merged at the end (default 0: all weights)"),
     "lora_alpha": (float, "scale of the adapters (default 32)"),
     "save_steps": (int, "steps between checkpoints"),

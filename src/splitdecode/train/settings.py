@@ -25,6 +25,8 @@ class Settings:
     max_length               tokens a row; longer traces are left out. packing: rows are filled with several traces
     bf16                     autocast, and the dtype of the saved weights; else both are float32
     tag_weight               of the loss at tokens that hold a byte of a control tag
+    tags_apart               share of tags encoded by themselves, as forced hand-offs put them, not merged with what is
+                             at their edges
     added_tokens             the tags become tokens of their own; else they stay plain text
     lora_rank, lora_alpha    rank 0: all weights are trained
     save_steps               steps between checkpoints
@@ -43,6 +45,7 @@ class Settings:
     bf16: bool = False
     gradient_checkpointing: bool = False
     tag_weight: float = 1.0
+    tags_apart: float = 0.0
     added_tokens: bool = False
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -113,6 +116,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bf16": _FLAG,
     "gradient_checkpointing": _FLAG,
     "tag_weight": (_number(0), "a finite number from 0"),
+    "tags_apart": _SHARE,
     "added_tokens": _FLAG,
     "lora_rank": (_whole(0), "a whole number from 0"),
     "lora_alpha": _POSITIVE,

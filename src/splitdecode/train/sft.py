@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,7 +73,8 @@ def train(
         raise RequestError("added_tokens: found with lora_rank, which leaves the embeddings as they are: expected one "
                            "of the two, or a model that has the tags")  # fmt: skip
     eos_id = _eos_id(checkpoint, tokenizer)
-    examples = [encode(trace, tokenizer, eos_id) for trace in traces]
+    draws = random.Random(settings.seed)
+    examples = [encode(trace, tokenizer, eos_id, lambda: draws.random() < settings.tags_apart) for trace in traces]
     fitting = [example for example in examples if len(example.input_ids) <= settings.max_length]
     if not fitting:
         shortest = min((len(example.input_ids) for example in examples), default=0)

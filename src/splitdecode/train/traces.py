@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from splitdecode.errors import RequestError
@@ -74,13 +74,24 @@ def check_tags(text: str, where: str) -> None:
         raise RequestError(f"{where}: tagged: found an {OPEN_TAG} that nothing closes")
 
 
-def encode(trace: Trace, tokenizer: Tokenizer, eos_id: int) -> Example:
-    """A trace in the tokens of a checkpoint, EOS behind it. Raises RequestError for what it cannot spell."""
-    prompt, completion = tokenizer.encode(trace.prompt), tokenizer.encode_inserted(trace.tagged)
+def encode(trace: Trace, tokenizer: Tokenizer, eos_id: int, apart: Callable[[], bool] = lambda: False) -> Example:
+    """A trace in the tokens of a checkpoint, EOS behind it. Raises RequestError for what it cannot spell.
+
+    apart: asked for each tag, whether it is encoded by itself, as a forced hand-off puts it: `=`, `<` for `=<`.
+    """
+    prompt, completion = tokenizer.encode(trace.prompt), []
+    for piece in _pieces(trace.tagged, apart):
+        completion += tokenizer.encode_inserted(piece)
     if not prompt:
         raise RequestError("prompt: found no tokens, expected at least one")
     in_tag = [False] * len(prompt) + tag_tokens(trace.tagged, [tokenizer.token_bytes[i] for i in completion]) + [False]
     return Example([*prompt, *completion, eos_id], [IGNORED] * len(prompt) + [*completion, eos_id], in_tag)
+
+
+def _pieces(text: str, apart: Callable[[], bool]) -> Iterator[str]:
+    """The text, cut before and behind each tag that stands apart."""
+    edges = [0, *(edge for found in _TAG.finditer(text) if apart() for edge in found.span()), len(text)]
+    yield from (text[start:stop] for start, stop in pairwise(edges))
 
 
 def tag_tokens(text: str, tokens: Sequence[bytes]) -> list[bool]:
