@@ -48,7 +48,7 @@ COMMANDS = {  # run in the folder of the work
     "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --tags-apart 0.2 --save-steps 500",
     "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy",
     "eval": f"eval --small small --large large --base small-base --trained-on {FAMILY} --families {FAMILY},{OTHERS} "
-    f"--n 500 --policies {POLICIES} --output-dir eval",
+    f"--dtype float32 --n 500 --policies {POLICIES} --output-dir eval",
 }
 
 
