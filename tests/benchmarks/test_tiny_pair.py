@@ -17,6 +17,8 @@ from splitdecode.families import FAMILIES, stream
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train.scratch import Shape, write_scratch
 
+POLICIES = "small-base,large,split,random-base"
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -146,12 +148,13 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for module in (tiny_base, tiny_pair, tiny_report):
         monkeypatch.setattr(module, "RECIPES", short)
     monkeypatch.setattr(tiny_pair, "make_bases", lambda work: [tiny_pair.make_base(work, name) for name in short])
+    monkeypatch.setattr(tiny_base, "REPORTS", 1)
     commands = tiny_pair.COMMANDS
     shorter = {
         "traces": commands["traces"].replace("8000", "24"),
         "sft": commands["sft"].replace("--epochs 6", "--epochs 1"),
         "tuned": commands["tuned"] + " --steps 1 --prompts 2 --generations 2 --max-tokens 16",
-        "eval": commands["eval"].replace("--n 500", "--n 2") + " --max-tokens 40",
+        "eval": commands["eval"].replace("--n 500", "--n 2").replace(tiny_pair.POLICIES, POLICIES) + " --max-tokens 40",
     }
     monkeypatch.setattr(tiny_pair, "COMMANDS", shorter)
     package, root = tmp_path / "package", tmp_path / "root"
