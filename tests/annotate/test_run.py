@@ -202,7 +202,7 @@ def hardest(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
 
 @pytest.mark.parametrize(("most", "delay"), [(3, 0.05), pytest.param(15, 0.3, marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> None:
-    """Real processes, SIGKILL at random moments, until one run ends by itself: the file is that of an unbroken run."""
+    """Real processes, SIGKILL at random moments of runs that are not let end: the file is that of an unbroken run."""
     number = 120
     source, out = tmp_path / "traces.jsonl", tmp_path / "out.jsonl"
     rows = [{"id": t.id, "prompt": t.prompt, "trace": t.text} for t in family_traces("two-products", number, 3)]
@@ -219,18 +219,17 @@ def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> Non
         kills = 0
         while kills < most:
             before = out.stat().st_size if out.exists() else 0
+            server.limit = len(server.asked) + number // (most + 2)
             process = start(out)
             while process.poll() is None and (not out.exists() or out.stat().st_size <= before):
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 2.5 * delay))
             sent = signal.SIGKILL if kills else signal.SIGINT  # Ctrl-C is the gentle one: it ends without a word
             process.send_signal(sent)
-            _, errors = process.communicate()
-            if process.returncode == 0:
-                break  # it was faster
+            _, errors = process.communicate(timeout=60)
             assert (process.returncode, errors) == (130 if sent is signal.SIGINT else -signal.SIGKILL, b"")
             kills += 1
-        assert 2 * kills >= most  # a stalled machine may let one run end
+        server.limit = None
         asked_before = len(server.asked)
         assert len(ids(out)) < number, "killed too late to prove anything"
         process = start(out)

@@ -24,10 +24,12 @@ def trace_in(body: dict[str, Any]) -> str:
 
 
 class ChatServer:
-    """answer(body) -> Answer, called in the server's thread; `delay` seconds pass before each."""
+    """answer(body) -> Answer, called in the server's thread; `delay` seconds pass before each. Of all requests only the
+    first `limit` are answered, until that is raised; None: all."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer], delay: float = 0.0) -> None:
         self.answer, self.delay = answer, delay
+        self.limit: int | None = None
         self.asked: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.url = ""
@@ -67,7 +69,10 @@ class ChatServer:
                 body = json.loads(await reader.readexactly(length))
                 self.asked.append(body)
                 self.headers.append(head)
+                number = len(self.asked)
                 await asyncio.sleep(self.delay)
+                while self.limit is not None and number > self.limit:
+                    await asyncio.sleep(0.01)
                 status, headers, said = self.answer(body)
                 data = (said if isinstance(said, str) else json.dumps(said)).encode()
                 lines = [f"HTTP/1.1 {status} X", f"content-length: {len(data)}"]
