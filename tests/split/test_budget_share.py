@@ -218,9 +218,9 @@ def test_a_share_above_the_natural_one_changes_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("abreast", [64, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("target", [0.01, 0.02, 0.03, 0.04])
+@pytest.mark.parametrize("target", [0.01, 0.03])
 def test_the_embedded_pair_keeps_its_share(target: float, temperature: float, abreast: int) -> None:
-    """Left alone it has the large model write 4.8 %. Rejections confuse it: spans of 4 tokens become some of 300."""
+    """Left alone it has the large model write 4.4 %. Rejections confuse it: spans of 4 tokens become some of 300."""
     number = 500
     with SplitDecoder.demo(max_num_seqs=abreast) as decoder:
         params = [
