@@ -216,7 +216,7 @@ def test_a_share_above_the_natural_one_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("abreast", [64, 4])
+@pytest.mark.parametrize("abreast", [64, 16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("target", [0.01, 0.03])
 def test_the_embedded_pair_keeps_its_share(target: float, temperature: float, abreast: int) -> None:
