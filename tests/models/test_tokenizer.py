@@ -13,7 +13,6 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
 
 import splitdecode
 from splitdecode.errors import CheckpointError, RequestError
@@ -320,19 +319,6 @@ def test_words_and_special_tags() -> None:
     tokenizer.check_against_vocab(152, "config.json")
     with pytest.raises(CheckpointError, match=r"tokenizer larger than the vocabulary: 150 ids.*149 in config.json"):
         tokenizer.check_against_vocab(149, "config.json")
-
-
-def test_the_embedded_pair_has_tags_as_text_that_merges_at_both_edges() -> None:
-    tokenizer, theirs = Tokenizer.from_directory(PAIR / "small"), AutoTokenizer.from_pretrained(PAIR / "small")
-    text = "32*51=<bigmodel>1632</bigmodel>\nthousands 5-0-0=5 ☃é"
-    ids = tokenizer.encode(text)
-    assert theirs.encode(text) == ids
-    assert theirs.decode(ids) == text
-    pieces = [tokenizer.token_bytes[i] for i in ids]
-    assert pieces[5:9] == [b"=<", b"big", b"model", b">"]
-    assert pieces[13:17] == [b"</", b"big", b"model", b">\n"]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_ids) == (None, 0, {0})
-    assert tokenizer.id_of("<bigmodel>") is None
 
 
 def test_unknown_characters_do_not_end_the_text() -> None:
