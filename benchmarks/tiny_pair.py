@@ -2,11 +2,12 @@
 
     PYTHONPATH=src python benchmarks/tiny_pair.py --work build/tiny-pair --install
 
-    large, small-base   taught from random weights, side by side, a thread each (benchmarks/tiny_base.py)
-    traces              solutions of the training part, tags around the values of their products
-    sft                 small-base learns from them where to hand over: splitdecode train sft
-    small               and, by its own answers with the large model at work, where it pays: splitdecode train grpo
-    eval                held-out problems of all families, every policy: splitdecode eval
+    large         taught from random weights (benchmarks/tiny_base.py) on one core; on the other, meanwhile:
+    small-base      the same,
+    traces          solutions of the training part, tags around the values of their products, and
+    sft             small-base learns from them where to hand over: splitdecode train sft
+    tuned, small  and, by its own answers with the large model at work, where it pays: splitdecode train grpo
+    eval          held-out problems of all families, every policy: splitdecode eval
 
 What is there is not made again: the same command goes on. --install puts the models into the package and the report
 (benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds are fixed: on one machine the
@@ -22,7 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ OTHERS = "two-products-reworded,one-product,three-products"
 MODELS = ("large", "small-base", "small")
 POLICIES = "small-base,small,large,split,accept,reject,random-base,random,forced-base,forced"
 
+SIDE_BY_SIDE = (("large",), ("small-base", "traces", "sft"))
+THEN = ("tuned", "small", "eval")
 COMMANDS = {  # run in the folder of the work
     "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by rules",
     "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy --matrix-rate 0.01 "
@@ -78,18 +82,6 @@ def save(model: Any, words: Path, target: Path) -> None:
     part.rename(target)
 
 
-def make_bases(work: Path) -> None:
-    """Both, side by side."""
-    needed = [name for name in RECIPES if not (work / name).is_dir()]
-    running = []
-    for name in needed:
-        command = [sys.executable, __file__, "--work", str(work), "--base", name]
-        running.append(subprocess.Popen(command, env=environment()))
-    for name, code in [(name, process.wait()) for name, process in zip(needed, running, strict=True)]:
-        if code:
-            raise SystemExit(f"{name}: failed with {code}")
-
-
 def make_small(work: Path) -> None:
     """The tuned model in float16."""
     from transformers import Qwen2ForCausalLM
@@ -98,10 +90,13 @@ def make_small(work: Path) -> None:
 
 
 def run(work: Path, stage: str) -> None:
-    """A stage that is a command of the package."""
-    command = COMMANDS[stage]
-    print(f"splitdecode {command}", flush=True)
-    subprocess.run([sys.executable, "-m", "splitdecode", *command.split()], check=True, cwd=work, env=environment())
+    """A stage in a process of its own: a command of the package, or this program's for a base model."""
+    if stage in COMMANDS:
+        print(f"splitdecode {COMMANDS[stage]}", flush=True)
+        command = ["-m", "splitdecode", *COMMANDS[stage].split()]
+    else:
+        command = [str(Path(__file__).resolve()), "--work", str(work), "--base", stage]
+    subprocess.run([sys.executable, *command], check=True, cwd=work, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -110,29 +105,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def stages(work: Path) -> Iterator[tuple[str, Any]]:
-    """Name and what makes it, in order; those that are complete are left out."""
-    done = json.loads((work / "stages.json").read_text()) if (work / "stages.json").is_file() else {}
-    for name, make in (
-        ("base", lambda: make_bases(work)),
-        *((stage, lambda stage=stage: run(work, stage)) for stage in ("traces", "sft", "tuned")),
-        ("small", lambda: make_small(work)),
-        ("eval", lambda: run(work, "eval")),
-    ):
-        if name not in done:
-            yield name, make
-
-
 def make(work: Path) -> dict[str, float]:
-    """Everything that is missing; seconds by stage."""
+    """Everything that is missing; seconds by stage. What ends beside a stage that fails is kept."""
     work.mkdir(parents=True, exist_ok=True)
     file = work / "stages.json"
-    for name, build in list(stages(work)):
-        began = time.monotonic()
-        build()
-        took = json.loads(file.read_text()) if file.is_file() else {}
-        file.write_text(json.dumps({**took, name: round(time.monotonic() - began, 1)}) + "\n")
-    return dict(json.loads(file.read_text()))
+    took = json.loads(file.read_text()) if file.is_file() else {}
+
+    def build(stages: Sequence[str]) -> None:
+        for stage in stages:
+            if stage not in took:
+                began = time.monotonic()
+                make_small(work) if stage == "small" else run(work, stage)
+                took[stage] = round(time.monotonic() - began, 1)
+                file.write_text(json.dumps(took) + "\n")
+
+    with ThreadPoolExecutor(len(SIDE_BY_SIDE)) as lanes:
+        list(lanes.map(build, SIDE_BY_SIDE))
+    build(THEN)
+    return took
+
+
+def wall(seconds: Mapping[str, float]) -> float:
+    """Seconds of the whole, where none was interrupted."""
+    return max(sum(seconds[stage] for stage in lane) for lane in SIDE_BY_SIDE) + sum(seconds[stage] for stage in THEN)
 
 
 def install(work: Path, seconds: dict[str, float]) -> None:
@@ -144,7 +139,7 @@ def install(work: Path, seconds: dict[str, float]) -> None:
         shutil.rmtree(INSTALLED / name, ignore_errors=True)
         part.rename(INSTALLED / name)
     docs = ROOT / "docs"
-    (docs / "tiny-pair.md").write_text(markdown(work, COMMANDS, seconds), "utf-8")
+    (docs / "tiny-pair.md").write_text(markdown(work, COMMANDS, seconds, wall(seconds)), "utf-8")
     plot(work, docs / "tiny-pair.png")
     shutil.copyfile(work / "eval" / "results.md", docs / "tiny-pair-eval.md")
     document = json.loads((work / "eval" / "results.json").read_text("utf-8"))

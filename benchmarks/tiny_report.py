@@ -55,8 +55,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def markdown(work: Path, commands: Mapping[str, str], seconds: Mapping[str, float]) -> str:
-    """The report."""
+def markdown(work: Path, commands: Mapping[str, str], seconds: Mapping[str, float], wall: float) -> str:
+    """The report. seconds: of each stage; wall: of the whole, in which stages ran side by side."""
     document = json.loads((work / "eval" / "results.json").read_text("utf-8"))
     place = document["provenance"]
     lines = [
@@ -65,7 +65,7 @@ def markdown(work: Path, commands: Mapping[str, str], seconds: Mapping[str, floa
         "Two models that solve arithmetic step by step, made from nothing by `make tiny-pair` "
         "(`benchmarks/tiny_pair.py`), which wrote this page.",
         f"{place['date']}, {place['cpu']}, {place['cores']} cores, a thread a process; "
-        f"{sum(seconds.values()) / 60:.0f} minutes in all.",
+        f"{wall / 60:.0f} minutes in all, large beside small-base, traces and sft.",
         "",
         "![accuracy against offload; learning curves](tiny-pair.png)",
         "",
@@ -137,7 +137,7 @@ def _made(work: Path, commands: Mapping[str, str], seconds: Mapping[str, float])
             f"{shape.layers} layers, d {shape.hidden}, {shape.heads} heads, {shape.kv_heads} of K/V; "
             f"{phases}; {last['cpu_s']:,.0f} CPU s"
         )
-        rows.append([name, what, f"{seconds['base']:.0f} (both)"])
+        rows.append([name, what, f"{seconds[name]:.0f}"])
     for stage, command in commands.items():
         rows.append([stage, f"`splitdecode {command}`", f"{seconds[stage]:.0f}"])
     return [

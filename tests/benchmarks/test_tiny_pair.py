@@ -124,22 +124,31 @@ def test_targets() -> None:
 
 def test_stages_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
+    failing = {"traces", "tuned"}
 
     def stage(_: Path, name: str) -> None:
-        if name == "tuned" and "tuned" not in done:
-            done.append(name)
-            raise KeyboardInterrupt
+        if name in failing:
+            failing.remove(name)
+            raise RuntimeError(name)
         done.append(name)
 
-    monkeypatch.setattr(tiny_pair, "make_bases", lambda work: done.append("base"))
     monkeypatch.setattr(tiny_pair, "make_small", lambda work: done.append("small"))
     monkeypatch.setattr(tiny_pair, "run", stage)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="traces"):
         tiny_pair.make(tmp_path)
-    assert sorted(tiny_pair.make(tmp_path)) == sorted(["base", "traces", "sft", "tuned", "small", "eval"])
-    assert done == ["base", "traces", "sft", "tuned", "tuned", "small", "eval"]
-    assert sorted(tiny_pair.make(tmp_path)) == sorted(set(done))
-    assert len(done) == 7
+    assert sorted(done) == ["large", "small-base"], "what ran beside the stage that failed is kept"
+    with pytest.raises(RuntimeError, match="tuned"):
+        tiny_pair.make(tmp_path)
+    found = tiny_pair.make(tmp_path)
+    assert done[2:] == ["traces", "sft", "tuned", "small", "eval"]
+    assert tiny_pair.make(tmp_path) == found
+    assert sorted(found) == sorted(done)
+
+
+def test_wall_is_of_the_longer_lane() -> None:
+    seconds = {"large": 10.0, "small-base": 3.0, "traces": 1.0, "sft": 2.0, "tuned": 20.0, "small": 30.0, "eval": 40.0}
+    assert tiny_pair.wall(seconds) == 100
+    assert tiny_pair.wall({**seconds, "sft": 9.0}) == 103
 
 
 @pytest.mark.slow
@@ -149,7 +158,10 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     for module in (tiny_base, tiny_pair, tiny_report):
         monkeypatch.setattr(module, "RECIPES", short)
-    monkeypatch.setattr(tiny_pair, "make_bases", lambda work: [tiny_pair.make_base(work, name) for name in short])
+    run = tiny_pair.run
+    monkeypatch.setattr(
+        tiny_pair, "run", lambda work, name: tiny_pair.make_base(work, name) if name in short else run(work, name)
+    )
     monkeypatch.setattr(tiny_base, "REPORTS", 1)
     commands = tiny_pair.COMMANDS
     shorter = {
