@@ -48,8 +48,7 @@ SIDE_BY_SIDE = (("large",), ("small-base", "traces", "sft"))
 THEN = ("tuned", "small", "eval")
 COMMANDS = {  # run in the folder of the work
     "traces": f"annotate --family {FAMILY} --n 8000 --seed 1 --out traces.jsonl --by rules",
-    "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy --matrix-rate 0.01 "
-    "--learning-rate 1.5e-3 --global-batch 24 --micro-batch 24 --epochs 6 --tags-apart 0.2 --save-steps 500",
+    "sft": "train sft --model small-base --data traces.jsonl --output sft --preset toy",
     "tuned": f"train grpo --small sft --large large --families {FAMILY} --n 4000 --output tuned --preset toy",
     "eval": f"eval --small small --large large --base small-base --trained-on {FAMILY} --families {FAMILY},{OTHERS} "
     f"--dtype float32 --n 500 --policies {POLICIES} --output-dir eval",

@@ -166,7 +166,7 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     commands = tiny_pair.COMMANDS
     shorter = {
         "traces": commands["traces"].replace("8000", "24"),
-        "sft": commands["sft"].replace("--epochs 6", "--epochs 1"),
+        "sft": commands["sft"] + " --epochs 1",
         "tuned": commands["tuned"] + " --steps 1 --prompts 2 --generations 2 --max-tokens 16",
         "eval": commands["eval"].replace("--n 500", "--n 2").replace(tiny_pair.POLICIES, POLICIES) + " --max-tokens 40",
     }

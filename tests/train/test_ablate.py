@@ -257,7 +257,7 @@ def test_levels_of_the_axes() -> None:
         "rules": None, "gap": GapRecipe(), "gap:share=0.05,min-length=2": GapRecipe(share=0.05, min_length=2)
     }  # fmt: skip
     (settings,) = parse_sft(["toy:packing=true,max_steps=3,learning_rate=1e-4"]).values()
-    assert (settings.packing, settings.max_steps, settings.learning_rate, settings.global_batch) == (True, 3, 1e-4, 8)
+    assert (settings.packing, settings.max_steps, settings.learning_rate, settings.global_batch) == (True, 3, 1e-4, 24)
     found = parse_rl(["none", "grpo-toy", "grpo-paper:rewards=accuracy=1+format=0.5,latency=coverage"], "math")
     assert found.pop("none") is None
     toy, paper = (one for one in found.values() if one is not None)
@@ -290,7 +290,7 @@ WRONG = {
     f"{USUAL} --sft toy:epochs=many": "--sft: toy:epochs=many: epochs: found 'many', expected a number",
     f"{USUAL} --sft toy:packing=yes": "--sft: toy:packing=yes: packing: found 'yes', expected true or false",
     f"{USUAL} --sft toy:seed=1": "--sft: toy:seed=1: found 'seed', expected it in --seeds",
-    f"{USUAL} --sft toy:lora_rank=2,matrix_rate=0.1": "--sft: toy:lora_rank=2,matrix_rate=0.1: matrix_rate: found 0.1",
+    f"{USUAL} --sft toy:lora_rank=2": "--sft: toy:lora_rank=2: matrix_rate: found 0.01",
     f"{USUAL} --rl grpo": "--rl: found 'grpo', expected none, grpo-paper or grpo-toy, with [:key=value,...]",
     f"{USUAL} --rl grpo-toy:generations=1": "--rl: grpo-toy:generations=1: generations: found 1",
     f"{USUAL} --rl grpo-toy:rewards=speed=1": "--rl: grpo-toy:rewards=speed=1: weights: found 'speed'",

@@ -65,5 +65,5 @@ def test_a_schedule_reaches_both_and_a_state_is_whole() -> None:
 
 def test_muon_is_for_whole_matrices() -> None:
     with pytest.raises(RequestError, match=r"matrix_rate: found 0\.01 with lora_rank 4"):
-        sft._optimizer(model(True), preset("toy", matrix_rate=0.01, lora_rank=4))
+        sft._optimizer(model(True), preset("toy", lora_rank=4))
     assert sft._optimizer(model(True), preset("paper")) is None

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "src/splitdecode/data/tiny-pair"
 TRACES = family_traces(["one-product"], 40, 0)
 FEW = TRACES[:8]
-SHORT = preset("toy", max_steps=6, global_batch=4, micro_batch=2, save_steps=2)
+PLAIN = preset("toy", matrix_rate=0.0, tags_apart=0.0)
+SHORT = replace(PLAIN, max_steps=6, global_batch=4, micro_batch=2, save_steps=2, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def loss_by_hand(directory: Path, traces: list[Trace], tag_weight: float) -> flo
     ids=["plain", "weighted", "packed and weighted", "packed"],
 )
 def test_the_loss_is_the_one_computed_by_hand(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    settings = preset("toy", **{"max_steps": 1, "global_batch": 8, "micro_batch": 4, "max_length": 512, **changes})
+    settings = replace(PLAIN, **{"max_steps": 1, "global_batch": 8, "micro_batch": 4, "max_length": 512, **changes})
     report = sft.train(base, FEW, tmp_path / "out", settings)
     assert report.losses[0] == pytest.approx(loss_by_hand(base, FEW, settings.tag_weight), rel=1e-4)
 
@@ -73,7 +74,9 @@ def test_the_loss_is_the_one_computed_by_hand(base: Path, tmp_path: Path, change
 def test_packed_traces_do_not_see_each_other(tmp_path: Path, packing: bool) -> None:
     """A trained model, which would be lost at wrong positions or in another problem's numbers."""
     traces = family_traces(["two-products"], 8, 0)
-    settings = preset("toy", max_steps=1, packing=packing, micro_batch=1, max_length=700, tag_weight=2.0)
+    settings = replace(
+        PLAIN, max_steps=1, packing=packing, global_batch=8, micro_batch=1, max_length=700, tag_weight=2.0
+    )
     report = sft.train(PAIR / "small", traces, tmp_path / "out", settings)
     assert report.losses[0] == pytest.approx(loss_by_hand(PAIR / "small", traces, 2.0), rel=1e-3)
 
@@ -192,7 +195,7 @@ def test_the_embedded_pair_is_trained_on_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("added", [False, True], ids=["plain text", "added tokens"])
 def test_a_random_model_learns_to_hand_over(base: Path, tmp_path: Path, added: bool) -> None:
-    settings = preset("toy", epochs=40, added_tokens=added, save_steps=1000)
+    settings = preset("toy", epochs=40, global_batch=8, micro_batch=8, added_tokens=added, save_steps=1000)
     report = sft.train(base, TRACES, tmp_path / "out", settings)
     assert report.losses[-1] < report.losses[0] / 4
     assert report.seconds < 60
@@ -209,7 +212,7 @@ def test_a_run_killed_by_the_system_goes_on(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "traces.jsonl"
     data.write_text("".join(json.dumps({"prompt": t.prompt, "tagged": t.tagged}) + "\n" for t in TRACES))
     flags = ["train", "sft", "--model", str(base), "--data", str(data), "--preset", "toy", "--json"]
-    flags += ["--max-steps", "200", "--save-steps", "10"]
+    flags += ["--max-steps", "200", "--save-steps", "10", "--global-batch", "8", "--micro-batch", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "splitdecode", *flags, "--output"]
     process = subprocess.Popen([*run, str(tmp_path / "cut")], env=environment, stdout=subprocess.DEVNULL)
@@ -263,7 +266,7 @@ WRONG = {
     "--model BASE --families one-product --n 2 --max-length 9": "traces: found 2, the shortest of",
     "--model BASE --families one-product --output .": "--output: found ., which is no run of this command",
     "--model BASE --families one-product --output BASE": "--output: found",
-    "--model BASE --families one-product --n 2 --lora-rank 2 --added-tokens": "added_tokens: found with lora_rank",
+    "--model BASE --families one-product --n 2 --matrix-rate 0 --lora-rank 2 --added-tokens": "added_tokens: found with",
 }
 
 
