@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "src/splitdecode/data/tiny-pair"
 TRACES = family_traces(["one-product"], 40, 0)
 FEW = TRACES[:8]
-PLAIN = preset("toy", matrix_rate=0.0, tags_apart=0.0)
-SHORT = replace(PLAIN, max_steps=6, global_batch=4, micro_batch=2, save_steps=2, learning_rate=3e-3)
+PLAIN = preset("toy", matrix_rate=0.0, learning_rate=3e-3, tags_apart=0.0)
+SHORT = replace(PLAIN, max_steps=6, global_batch=4, micro_batch=2, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +195,9 @@ def test_the_embedded_pair_is_trained_on_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("added", [False, True], ids=["plain text", "added tokens"])
 def test_a_random_model_learns_to_hand_over(base: Path, tmp_path: Path, added: bool) -> None:
-    settings = preset("toy", epochs=40, global_batch=8, micro_batch=8, added_tokens=added, save_steps=1000)
+    settings = replace(PLAIN, epochs=40, global_batch=8, micro_batch=8, added_tokens=added, save_steps=1000)
     report = sft.train(base, TRACES, tmp_path / "out", settings)
     assert report.losses[-1] < report.losses[0] / 4
-    assert report.seconds < 60
     params = SamplingParams(temperature=0, max_tokens=80)
     with SplitDecoder.from_pretrained(tmp_path / "out", base, kv_cache_memory="16MiB") as decoder:
         outputs = decoder.generate([trace.prompt for trace in TRACES[:4]], params)
@@ -266,7 +265,7 @@ WRONG = {
     "--model BASE --families one-product --n 2 --max-length 9": "traces: found 2, the shortest of",
     "--model BASE --families one-product --output .": "--output: found ., which is no run of this command",
     "--model BASE --families one-product --output BASE": "--output: found",
-    "--model BASE --families one-product --n 2 --matrix-rate 0 --lora-rank 2 --added-tokens": "added_tokens: found with",
+    "--model BASE --families one-product --n 2 --matrix-rate 0 --lora-rank 2 --added-tokens": "added_tokens: found",
 }
 
 
