@@ -145,6 +145,28 @@ def test_stages_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: py
     assert sorted(found) == sorted(done)
 
 
+def test_what_another_recipe_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def stage(work: Path, name: str) -> None:
+        assert not (work / name).exists(), "nothing of the other recipe is left"
+        (work / name).mkdir()
+        done.append(name)
+
+    monkeypatch.setattr(tiny_pair, "make_small", lambda work: stage(work, "small"))
+    monkeypatch.setattr(tiny_pair, "run", stage)
+    tiny_pair.make(tmp_path)
+    done.clear()
+    monkeypatch.setitem(tiny_pair.COMMANDS, "sft", tiny_pair.COMMANDS["sft"] + " --epochs 1")
+    tiny_pair.make(tmp_path)
+    assert done == ["sft", "tuned", "small", "eval"]
+    done.clear()
+    longer = dataclasses.replace(tiny_base.RECIPES["large"], seed=7)
+    monkeypatch.setitem(tiny_pair.RECIPES, "large", longer)
+    tiny_pair.make(tmp_path)
+    assert done == ["large", "tuned", "small", "eval"]
+
+
 def test_wall_is_of_the_longer_lane() -> None:
     seconds = {"large": 10.0, "small-base": 3.0, "traces": 1.0, "sft": 2.0, "tuned": 20.0, "small": 30.0, "eval": 40.0}
     assert tiny_pair.wall(seconds) == 100
