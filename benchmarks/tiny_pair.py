@@ -9,9 +9,10 @@
     tuned, small  and, by its own answers with the large model at work, where it pays: splitdecode train grpo
     eval          held-out problems of all families, every policy: splitdecode eval
 
-What is there, by the recipe as it stands, is not made again: the same command goes on. --install puts the models into the package and the report
-(benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds are fixed: on one machine the
-files come out equal; on another kind of processor sums round otherwise, and the targets are what holds.
+What is there, by the recipe as it stands, is not made again: the same command goes on. --install puts the models into
+the package and the report (benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds
+are fixed: on one machine the files come out equal; on another kind of processor sums round otherwise, and the targets
+are what holds.
 """
 
 from __future__ import annotations
