@@ -11,9 +11,10 @@ Two stages, both from the embedded small-base, both in this process and on one t
     selective      supervised: tags around the products that small-base gets wrong in that very solution, no others
     GRPO           accuracy + --weight times a latency term; the large model writes in the rollouts
 
-The latency terms are those of splitdecode/train/rewards.py: modelled = counters at costs fitted once, in this process;
-measured = the models' milliseconds as they were; coverage = the published shaping, of the share of characters inside
-tags, which likes 40 %: of the text of `over-tagging` it would have more inside tags, of that of `most-tagging` less.
+The latency terms are those of splitdecode/train/rewards.py: modelled = the transcript at costs fitted once, in this
+process; measured = the models' milliseconds as they were; coverage = the published shaping, of the share of
+characters inside tags, which likes 40 %: of the text of `over-tagging` it would have more inside tags, of that of
+`most-tagging` less.
 
 Before and after: --n held-out problems, greedy. The last line is one JSON document.
 """
@@ -45,8 +46,9 @@ from splitdecode.families import Problem, boxed, problems, stream, tagged
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.split.roles import Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
+from splitdecode.train.cost import Answer, CostModel
 from splitdecode.train.grpo import Rollouts, make_trainer
-from splitdecode.train.rewards import Answer, CostModel, Latency, latency
+from splitdecode.train.rewards import Latency, latency
 
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
 _MORE = {
@@ -139,10 +141,10 @@ def latency_terms(decoder: SplitDecoder) -> dict[str, Callable[[RequestOutput, P
     runs = [
         output for policy in (ControlTags(), LargeOnly()) for output in decoder.generate(asked, params, handoff=policy)
     ]
-    cost = CostModel.calibrate([output.metrics for output in runs])
+    cost = CostModel.calibrate([Answer.of(output) for output in runs], decoder.config.read_interval)
 
     def term(kind: Latency) -> Callable[[RequestOutput, Problem], float]:
-        return lambda output, _: latency(Answer(output.outputs[0].raw_text, None, output.metrics), kind, cost)
+        return lambda output, _: latency(Answer.of(output), kind, cost)
 
     return {str(kind): term(kind) for kind in Latency}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from splitdecode.errors import RequestError
 from splitdecode.families import problems
 from splitdecode.split.roles import Role
 from splitdecode.split.rollout import Rollout
-from splitdecode.train.objective import act_logprobs, log1mexp, policy_loss
+from splitdecode.train.objective import act_count, act_logprobs, log1mexp, policy_loss
 
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
 A, B, BEGIN, END, BOTH = range(5)  # words; `BEGIN END` is the closing tag, and so is `BOTH`
@@ -100,6 +101,38 @@ def test_log_probs_are_the_runtimes_own() -> None:
         assert (one.stayed <= 0).all()
 
 
+def test_the_hazard_of_closing_is_the_runtimes_own() -> None:
+    """The probability to read on, by the trainer: that of the runtime's model; and the runtime closes as often as that
+    says: at each prefix it begins a tag with probability q, so begun - q, summed over all prefixes, is about 0."""
+    decoder = SplitDecoder.demo(max_num_seqs=128)
+    params = [SamplingParams(temperature=2.0, max_tokens=120, seed=seed, rollout=True) for seed in range(96)]
+    outputs = decoder.generate([problem.prompt for problem in problems(96, 9)], params)
+    entering = decoder.tokens.entering(Role.SMALL, decoder.tokens.tags[1])
+    trainer = Qwen2ForCausalLM.from_pretrained(PAIR / "small", dtype=torch.float32)
+    rollouts, begun, prefixes = [], 0, 0
+    for output in outputs:
+        one = output.outputs[0].rollout
+        assert one is not None
+        # A token that it drew behind one of the large model's began a closing tag, which completed.
+        closed = [at for at in np.flatnonzero(one.sampled).tolist() if at and one.authors[at - 1] == 0]
+        begun += len(closed) + len(one.dead)
+        prefixes += len(closed) + len(one.passed)
+        rollouts.append(replace(one, passed=sorted({*one.passed, *closed}), dead=[]))
+    with torch.no_grad():
+        acts = act_logprobs(policy_of(trainer), rollouts, entering, temperature=2.0)  # type: ignore[arg-type]
+        cold = act_logprobs(policy_of(trainer), rollouts[:4], entering)  # type: ignore[arg-type]
+    hazards = -torch.cat([one.stayed for one in acts]).double().expm1().numpy()
+    assert len(hazards) == prefixes > begun > 50
+    spread = float(np.sqrt((hazards * (1 - hazards)).sum()))
+    assert 2 < spread < 0.1 * begun
+    assert abs(begun - hazards.sum()) < 4 * spread
+    for one, act in zip(rollouts[:4], cold, strict=True):
+        for at, stay in list(zip(one.passed, act.stayed.tolist(), strict=True))[:3]:
+            prefix = one.prompt_token_ids + one.ids[:at]
+            q = sum(math.exp(found[-1]) for found in decoder.score([[*prefix, token] for token in entering]))
+            assert stay == pytest.approx(math.log1p(-q), abs=1e-4)
+
+
 def test_no_gradient_falls_on_what_others_wrote(model: Qwen2ForCausalLM) -> None:
     """Of logits that predict a foreign token nothing is asked but whether a tag began."""
     kept: list[Tensor] = []
@@ -153,8 +186,27 @@ def test_loss_by_hand() -> None:
     for wrong in ((acts, torch.ones(3), None), (acts, torch.ones(2), old[:1])):
         with pytest.raises(RequestError, match="expected one for one"):
             policy_loss(*wrong)
+    parts = [policy_loss(acts[n : n + 1], torch.tensor([1.0, -2.0])[n : n + 1], total=3) for n in range(2)]
+    assert float(sum(parts).detach()) == pytest.approx(float(loss.detach()))
+    assert float(policy_loss([torch.zeros(0)], torch.ones(1), total=3)) == 0  # an answer without acts is a part too
     with pytest.raises(RequestError, match="no act"):
         policy_loss([torch.zeros(0)], torch.ones(1))
+
+
+def test_acts_are_counted_as_they_are_scored(model: Qwen2ForCausalLM) -> None:
+    answers = list(every_answer())
+    acts = act_logprobs(policy_of(model), answers, ENTERING)  # type: ignore[arg-type]
+    assert [act_count(one) for one in answers] == [len(one.all()) for one in acts]
+
+
+def test_a_tag_that_was_certain_leaves_a_finite_gradient() -> None:
+    """Where a policy in low precision says that it must close, and it did not."""
+    logits = torch.full((1, 5, 5), -100.0).index_fill(2, torch.tensor(BOTH), 100.0).requires_grad_()
+    (one,) = act_logprobs(lambda ids, mask: logits, [rollout_of(SPAN, [False] * 3, [1], [])], ENTERING)
+    one.all().sum().backward()
+    assert torch.isfinite(one.stayed).all()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_every_way_to_stay_is_enumerated_once() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitdecode import SamplingParams, SplitDecoder
 from splitdecode.errors import RequestError
-from splitdecode.families import problems, tagged
-from splitdecode.split.outputs import ModelMetrics, RequestMetrics
-from splitdecode.split.roles import Pair, Role
+from splitdecode.split.outputs import ModelMetrics, ModelSpan, RequestMetrics
+from splitdecode.split.roles import Pair
 from splitdecode.train import rewards
-from splitdecode.train.rewards import Answer, CostModel, Latency, combine
+from splitdecode.train.cost import Answer, CostModel
+from splitdecode.train.rewards import Latency, combine
 
 OPEN, CLOSE = "<bigmodel>", "</bigmodel>"
 
@@ -106,87 +105,42 @@ def test_any_text_has_a_worth(text: str) -> None:
     assert math.isfinite(rewards.tag_count(text))
 
 
-def metrics(small: ModelMetrics, large: ModelMetrics) -> RequestMetrics:
-    return RequestMetrics(models=Pair(small, large))
+def spans(*authors: tuple[str, int]) -> list[ModelSpan]:
+    ends = list(accumulate(count for _, count in authors))
+    return [ModelSpan(name, end - count, end) for (name, count), end in zip(authors, ends, strict=True)]
 
 
-ONE = metrics(
-    ModelMetrics(tokens=90, forwards=100, ms=120.0, prompt_tokens=30, read_tokens=20, writes=70),
-    ModelMetrics(tokens=10, forwards=12, ms=60.0, prompt_tokens=30, catch_up_tokens=50, writes=8),
-)
-COST = CostModel(forward_ms=Pair(1.0, 4.0), token_ms=Pair(0.1, 0.5))
+# small 30 + 40 written, 10 read in 3 steps: 73 steps, 80 positions; large 10 written, 30 caught up with. One opening.
+SPANS = spans(("small", 30), ("large", 10), ("small", 40))
+TIMES = RequestMetrics(models=Pair(ModelMetrics(tokens=70, ms=120.0), ModelMetrics(tokens=10, ms=60.0)))
+COST = CostModel(step_ms=Pair(1.0, 4.0), token_ms=Pair(0.1, 0.5), handoff_ms=Pair(7.0, 5.0))
+MODELLED = (73 * 1 + 80 * 0.1 + 7) + (10 * 4 + 40 * 0.5 + 5)  # 88 + 65
 
 
 def test_latency_by_hand() -> None:
-    # small 100 * 1 + 90 * 0.1 = 109, large 12 * 4 + 58 * 0.5 = 77; large-only 100 * 4.5 = 450
-    assert COST.ms(ONE) == pytest.approx(186)
-    assert COST.large_only_ms(100) == pytest.approx(450)
-    answer = Answer(OPEN + "0123456789" + CLOSE, metrics=ONE)
-    assert rewards.latency(answer, Latency.MODELLED, COST) == pytest.approx(-186 / 450)
-    assert rewards.latency(answer, Latency.MEASURED, COST) == pytest.approx(-180 / 450)
+    answer = Answer(OPEN + "0123456789" + CLOSE, metrics=TIMES, spans=SPANS)
+    assert COST.ms(answer) == pytest.approx(MODELLED)
+    assert COST.large_only_ms(80) == pytest.approx(360)
+    assert rewards.latency(answer, Latency.MODELLED, COST) == pytest.approx(-153 / 360)
+    assert rewards.latency(answer, Latency.MEASURED, COST) == pytest.approx(-180 / 360)
     assert rewards.latency(answer, Latency.MEASURED, scale=90) == pytest.approx(-2)
-    assert rewards.latency(answer, Latency.MODELLED, COST, 93) == pytest.approx(-2)
+    assert rewards.latency(answer, Latency.MODELLED, COST, 76.5) == pytest.approx(-2)
     assert rewards.latency(answer, Latency.COVERAGE) == pytest.approx(25 / 31)
-
-
-def planted(rng: np.random.Generator, noise: float) -> RequestMetrics:
-    works = []
-    for role in Role:
-        forwards, read, writes = (int(rng.integers(1, 200)) for _ in range(3))
-        ms = COST.forward_ms[role] * forwards + COST.token_ms[role] * (30 + read + writes)
-        ms *= 1 + noise * rng.standard_normal()
-        works.append(ModelMetrics(forwards=forwards, ms=ms, prompt_tokens=30, read_tokens=read, writes=writes))
-    return metrics(*works)
-
-
-def test_a_planted_cost_is_found() -> None:
-    rng = np.random.default_rng(0)
-    exact = CostModel.calibrate([planted(rng, 0.0) for _ in range(20)])
-    noisy = CostModel.calibrate([planted(rng, 0.05) for _ in range(400)])
-    for role in Role:
-        assert exact.forward_ms[role] == pytest.approx(COST.forward_ms[role])
-        assert exact.token_ms[role] == pytest.approx(COST.token_ms[role])
-        assert noisy.forward_ms[role] == pytest.approx(COST.forward_ms[role], rel=0.05)
-
-
-def test_jitter_is_no_advantage() -> None:
-    """Answers with equal counters are worth the same, whatever the clock said."""
-    rng = np.random.default_rng(1)
-    group = []
-    for _ in range(8):
-        small, large = (ModelMetrics(tokens=10, forwards=10, ms=20 + rng.random(), writes=10) for _ in range(2))
-        group.append(Answer("x", metrics=metrics(small, large)))
-    cost = CostModel.calibrate([answer.metrics for answer in group if answer.metrics is not None])
-    assert len({rewards.latency(answer, Latency.MODELLED, cost) for answer in group}) == 1
-    assert len({rewards.latency(answer, Latency.MEASURED, cost) for answer in group}) == 8
-
-
-@given(st.integers(0, 10**6))
-def test_least_squares_meet_the_optimality_conditions(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((6, 3)), rng.standard_normal(6)
-    x = rewards.nonnegative_least_squares(a, b)
-    gradient = a.T @ (a @ x - b)
-    assert (x >= 0).all()
-    assert (gradient >= -1e-8).all()
-    assert np.abs(gradient[x > 0]).max(initial=0) < 1e-8
-
-
-def test_columns_that_say_the_same_are_used_once() -> None:
-    a = np.array([[1.0, 1.0], [2.0, 2.0]])
-    assert rewards.nonnegative_least_squares(a, np.array([3.0, 6.0])) == pytest.approx(np.array([3.0, 0.0]))
+    assert rewards.latency(Answer("", spans=[]), Latency.MODELLED, COST) == 0
 
 
 def test_terms_are_kept_apart() -> None:
     text = whole(f"{OPEN}abc{CLOSE}")
-    found = combine({"accuracy": 1, "format": 0.5, "tag_count": 0, "latency": 2}, cost=COST)(Answer(text, "7", ONE))
+    found = combine({"accuracy": 1, "format": 0.5, "tag_count": 0, "latency": 2}, cost=COST)(
+        Answer(text, "7", None, SPANS)
+    )
     assert found.terms == {
         "accuracy": 1,
         "format": 2,
         "tag_count": pytest.approx(2 + 2 * (3 / 70) / 0.4),
-        "latency": pytest.approx(-186 / 450),
+        "latency": pytest.approx(-153 / 360),
     }
-    assert found.total == pytest.approx(1 + 1 - 2 * 186 / 450)
+    assert found.total == pytest.approx(1 + 1 - 2 * 153 / 360)
 
 
 @pytest.mark.parametrize(
@@ -212,29 +166,11 @@ def test_wrong_weights_are_refused(weights: dict[str, float], options: dict[str,
 def test_what_a_term_needs_is_named() -> None:
     for weights, options, answer, said in (
         ({"accuracy": 1}, {}, Answer("x"), "accuracy: found no gold answer"),
-        ({"latency": 1}, {"cost": COST}, Answer("x"), "latency: found no metrics"),
-        ({"latency": 1}, {}, Answer("x", metrics=ONE), "latency: found no cost model, expected one for 'modelled'"),
-        ({"latency": 1}, {"kind": "measured"}, Answer("x", metrics=ONE), "or a scale in ms"),
-        ({"latency": 1}, {"kind": "measured", "scale": 0}, Answer("x", metrics=ONE), "scale: found 0 ms"),
+        ({"latency": 1}, {"cost": COST}, Answer("x"), "latency: found no spans of the answer"),
+        ({"latency": 1}, {}, Answer("x", spans=SPANS), "latency: found no cost model, expected one for 'modelled'"),
+        ({"latency": 1}, {"kind": "measured"}, Answer("x", metrics=TIMES), "or a scale in ms"),
+        ({"latency": 1}, {"kind": "measured", "scale": 0}, Answer("x", metrics=TIMES), "scale: found 0 ms"),
+        ({"latency": 1}, {"kind": "measured", "scale": 9}, Answer("x"), "latency: found no metrics of the answer"),
     ):
         with pytest.raises(RequestError, match=said):
             combine(weights, **options)(answer)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="CostModel: found no answers"):
-        CostModel.calibrate([])
-    with pytest.raises(RequestError, match="CostModel: found nan ms"):
-        CostModel.calibrate([metrics(ModelMetrics(forwards=1, ms=math.nan), ModelMetrics())])
-
-
-def test_real_answers() -> None:
-    """Measured on the embedded pair: the split costs less than large-only would by its own cost model's counters."""
-    tasks = problems(6, 3)
-    with SplitDecoder.demo() as decoder:
-        outputs = [decoder.generate(task.prompt, SamplingParams(temperature=0, max_tokens=400))[0] for task in tasks]
-    cost = CostModel.calibrate([output.metrics for output in outputs])
-    reward = combine({"accuracy": 1, "latency": 1}, scoring="integer", cost=cost)
-    for task, output in zip(tasks, outputs, strict=True):
-        found = reward(Answer(output.outputs[0].raw_text, str(task.answer), output.metrics))
-        assert found.terms["accuracy"] == 1
-        assert found.terms["latency"] < 0
-        assert cost.ms(output.metrics) == pytest.approx(rewards.measured_ms(output.metrics), rel=0.8)
-    assert rewards.nested(tagged(tasks[0]))

@@ -1,8 +1,8 @@
 """F7: what an ablation is asked to do: the levels of its axes, its traces and questions, all checked before it begins.
 
     --sources  rules | gap[:share=0.05,window=5,merge=1] | file:PATH     who put the tags there
-    --sft      paper | toy[:tag_weight=2,epochs=4]                       a preset of settings.py, options over it
-    --rl       none | grpo-paper | grpo-toy[:latency=coverage]           a preset of grpo_run.py, options over it
+    --sft      paper | toy | FILE.toml[:tag_weight=2,epochs=4]           a preset of settings.py, options over it
+    --rl       none | grpo-paper | grpo-toy | FILE.toml[:latency=...]    a preset of grpo_settings.py, options over it
 
 Options are separated by commas; inside a text a plus stands for a comma: rewards=accuracy=1+latency=0.5.
 """
@@ -27,16 +27,15 @@ from splitdecode.evaluate.runs import Settings as EvalSettings
 from splitdecode.evaluate.tasks import Task, family_task, file_task
 from splitdecode.families import FAMILIES, stream
 from splitdecode.models.checkpoint import open_checkpoint
-from splitdecode.train import grpo_run, settings, sft
-from splitdecode.train.grpo_run import GrpoSettings
-from splitdecode.train.rewards import combine
+from splitdecode.train import grpo_run, grpo_settings, settings, sft
+from splitdecode.train.grpo_settings import GrpoSettings
 from splitdecode.train.settings import Settings
 from splitdecode.train.traces import read_traces
 
 NONE = "none"
 RULES = "rules"
 Source = GapRecipe | Path | None  # a recipe of the gap, a tagged file, or None: the rules
-_GRPO = {f"grpo-{name}": name for name in grpo_run.PRESETS}
+_GRPO = {f"grpo-{name}": name for name in settings.PRESETS}
 _READ: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "float": (float, "a number"),
@@ -101,7 +100,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     asking = EvalSettings(seed=args.data_seed, temperature=args.temperature, max_tokens=args.max_tokens)
     for task in tasks:
         asking.params(task)  # what cannot be sampled is said now
-    files = {"data": args.data, "eval_data": args.eval_data, **sources}
+    levels = {text: Path(head) for text in (*tuned, *reinforced) if (head := text.partition(":")[0]).endswith(".toml")}
+    files = {"data": args.data, "eval_data": args.eval_data, **sources, **levels}
     options = {"device": args.device, "dtype": args.dtype or ("float32" if args.device == "cpu" else "auto")}
     identity = {
         "base": args.base,
@@ -142,10 +142,9 @@ def parse_sft(texts: Sequence[str]) -> dict[str, Settings]:
     found: dict[str, Settings] = {}
     for text in dict.fromkeys(texts):
         head = text.partition(":")[0]
-        if head not in settings.PRESETS:
-            raise RequestError(
-                f"--sft: found {text!r}, expected {' or '.join(settings.PRESETS)}, with [:key=value,...]"
-            )
+        if head not in settings.PRESETS and not head.endswith(".toml"):
+            raise RequestError(f"--sft: found {text!r}, expected {', '.join(settings.PRESETS)} or a .toml file, with "
+                               "[:key=value,...]")  # fmt: skip
         with _named(f"--sft: {text}"):
             found[text] = settings.preset(head, **_options(text, Settings))
     return found
@@ -162,12 +161,13 @@ def parse_rl(texts: Sequence[str], scoring: str | None = None) -> dict[str, Grpo
         if text == NONE:
             found[text] = None
             continue
-        if head not in _GRPO:
-            raise RequestError(f"--rl: found {text!r}, expected {NONE}, {' or '.join(_GRPO)}, with [:key=value,...]")
+        if head not in _GRPO and not head.endswith(".toml"):
+            raise RequestError(f"--rl: found {text!r}, expected {NONE}, {', '.join(_GRPO)} or a .toml file, with "
+                               "[:key=value,...]")  # fmt: skip
         with _named(f"--rl: {text}"):
             usual = {} if scoring is None else {"scoring": scoring}
-            chosen = grpo_run.preset(_GRPO[head], **{**usual, **_options(text, GrpoSettings)})
-            combine(grpo_run.weights_of(chosen.rewards), scoring=chosen.scoring, kind=chosen.latency)
+            chosen = grpo_settings.preset(_GRPO.get(head, head), **{**usual, **_options(text, GrpoSettings)})
+            chosen.given_cost()  # a file that is none is said now
         found[text] = chosen
     return found
 

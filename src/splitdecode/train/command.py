@@ -21,7 +21,8 @@ from typing import Any
 from splitdecode.decoder import DTYPES
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import FAMILIES
-from splitdecode.train import ablate, ablate_plan, ablate_report, grpo_run, log_plot, sft
+from splitdecode.train import ablate, ablate_plan, ablate_report, grpo_run, grpo_settings, log_plot, sft
+from splitdecode.train.grpo_settings import GrpoSettings
 from splitdecode.train.settings import PRESETS, Settings, preset
 from splitdecode.train.traces import Trace, family_traces, read_traces
 
@@ -49,6 +50,30 @@ _FLAGS = {
     "added_tokens": "make the tags tokens of their own (default: plain text)",
 }
 
+_GRPO = {
+    "learning_rate": "constant",
+    "temperature": "of the rollouts",
+    "max_tokens": "of an answer",
+    "max_prompt": "tokens; questions with longer prompts are left out",
+    "generations": "answers to each prompt of a step",
+    "prompts": "of a step",
+    "steps": "optimiser steps",
+    "stop_after": "end when the mean reward of so many steps is no more than that of those before (default 0: never)",
+    "rewards": "term=weight,... of accuracy, format, tag_count, latency",
+    "latency": "measured, modelled or coverage",
+    "scoring": "of answers: integer, math or aime",
+    "cost": "a cost model, as cost.json of another run has it, instead of one fitted here",
+    "scale_rewards": "divide rewards less their group's mean by none, the spread of the group or of the batch",
+    "device": "of both models: cpu, cuda or auto",
+    "dtype": "of the pair in the rollouts: float32, bfloat16 or float16",
+    "kv_cache_memory": "of the pair, as in 16GiB",
+    "micro_batch": "answers a forward of the loss; the gradient stays that of the step (default 0: all)",
+    "gradient_checkpointing": "spend time to save memory",
+    "bf16": "autocast of the policy, whose weights stay float32",
+    "save_steps": "steps between checkpoints",
+    "seed": "of draws and order, of --families also which problems",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `splitdecode train sft`, `grpo`, `plot` and `ablate`."""
@@ -60,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "prompt" and "tagged"')
     one.add_argument("--families", help=f"or synthetic families, training problems: {', '.join(FAMILIES)}")
     one.add_argument("--n", type=int, default=1000, help="problems per family (default 1000)")
-    one.add_argument("--preset", default="paper", choices=PRESETS, help="where the numbers below come from")
+    _add_preset(one)
     one.add_argument("--json", action="store_true", help="the report as one JSON object")
     numbers = one.add_argument_group("settings (default: the preset's)")
     for name, (kind, text) in _NUMBERS.items():
@@ -75,16 +100,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "prompt" and "answer"')
     other.add_argument("--families", help=f"or synthetic families, training problems: {', '.join(FAMILIES)}")
     other.add_argument("--n", type=int, default=1000, help="problems per family (default 1000)")
-    other.add_argument("--preset", default="paper", choices=PRESETS, help="where the numbers below come from")
+    _add_preset(other)
     group = other.add_argument_group("settings (default: the preset's)")
-    for field in fields(grpo_run.GrpoSettings):
-        kind = type(field.default)
-        group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__)
+    for field in fields(GrpoSettings):
+        kind, name, text = type(field.default), f"--{field.name.replace('_', '-')}", _GRPO[field.name]
+        if kind is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(name, type=kind, metavar=kind.__name__, help=text)
 
     drawn = ways.add_parser("plot", help="the logs of GRPO runs as one picture")
     drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="outputs of `splitdecode train grpo`")
     drawn.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture, such as log.png")
     _add_ablate(ways.add_parser("ablate", help="the grid annotation x SFT x RL, with a report"))
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    names = f"{' or '.join(PRESETS)}, or a .toml file with any of the settings below (default paper)"
+    parser.add_argument("--preset", default="paper", metavar="NAME", help=f"where the numbers below come from: {names}")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
@@ -95,9 +128,9 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--sources", nargs="+", required=True, metavar="SOURCE",
                       help="who annotates: rules, gap[:share=0.05,window=5,merge=1], file:TAGGED")  # fmt: skip
     axes.add_argument("--sft", nargs="+", required=True, metavar="VARIANT",
-                      help="paper or toy, with any setting of `train sft` over it: toy:tag_weight=2")  # fmt: skip
+                      help="paper, toy or a .toml file, settings of `train sft` over it: toy:tag_weight=2")  # fmt: skip
     axes.add_argument("--rl", nargs="+", default=["none"], metavar="VARIANT",
-                      help="none, grpo-paper or grpo-toy, with any setting of `train grpo` over it: "
+                      help="none, grpo-paper, grpo-toy or a .toml file, with any setting of `train grpo` over it: "
                       "grpo-toy:latency=coverage,rewards=accuracy=1+latency=1 (default none)")  # fmt: skip
     axes.add_argument("--seeds", default="0", help="of the trainings, separated by commas (default 0)")
     what = parser.add_argument_group("what is trained on and asked")
@@ -123,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """`splitdecode train ablate`."""
     plan = ablate_plan.plan_of(args)
-    found = ablate.run(plan, lambda stage: print(f"splitdecode train: {stage}", file=sys.stderr, flush=True))
+    found = ablate.run(plan, _note)
     document = ablate_report.document(plan, found, args.argv)
     ablate_report.write(document, args.output)
     print(json.dumps(document) if args.json else ablate_report.markdown(document))
@@ -139,15 +172,15 @@ def draw(args: argparse.Namespace) -> int:
 
 def reinforce(args: argparse.Namespace) -> int:
     """`splitdecode train grpo`."""
-    given = {field.name: getattr(args, field.name) for field in fields(grpo_run.GrpoSettings)}
-    settings = grpo_run.preset(args.preset, **{name: value for name, value in given.items() if value is not None})
+    given = {field.name: getattr(args, field.name) for field in fields(GrpoSettings)}
+    settings = grpo_settings.preset(args.preset, **{name: value for name, value in given.items() if value is not None})
     if (args.data is None) == (args.families is None):
         raise RequestError("--data and --families: expected one of them")
     names = [] if args.families is None else [part.strip() for part in args.families.split(",")]
     questions = (
         grpo_run.read_questions(args.data) if args.data else grpo_run.family_questions(names, args.n, settings.seed)
     )
-    steps = grpo_run.train(args.small, args.large, questions, args.output, settings)
+    steps = grpo_run.train(args.small, args.large, questions, args.output, settings, say=_note)
     for when, line in (("first step", steps[:1]), ("last step", steps[-1:])):
         for figures in line:
             print(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -189,6 +222,10 @@ def _traces(args: argparse.Namespace, settings: Settings) -> list[Trace]:
         return read_traces(args.data)
     names = list(dict.fromkeys(part.strip() for part in args.families.split(",") if part.strip()))
     return family_traces(names, args.n, settings.seed)
+
+
+def _note(text: str) -> None:
+    print(f"splitdecode train: {text}", file=sys.stderr, flush=True)
 
 
 def _say(step: int, steps: int, loss: float | None) -> None:

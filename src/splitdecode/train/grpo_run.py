@@ -1,6 +1,8 @@
-"""F7: one GRPO run from checkpoints to a tuned directory: settings, questions, rewards, going on after a kill.
+"""F7: one GRPO run from checkpoints to a tuned directory: questions, rewards, going on after a kill.
 
 output/   config.json  model.safetensors  tokenizer files      the tuned small model
+          run.json                                             the settings, the pair and the questions of this run
+          cost.json                                            the cost model, where it was fitted
           log.jsonl                                            a line of figures per step
           checkpoints/checkpoint-10/...                        from which a killed run goes on
 """
@@ -8,90 +10,35 @@ output/   config.json  model.safetensors  tokenizer files      the tuned small m
 from __future__ import annotations
 
 import json
-import math
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib import resources
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from splitdecode.config import SamplingParams
-from splitdecode.decoder import SplitDecoder
+from splitdecode.decoder import DTYPES, SplitDecoder
 from splitdecode.errors import CheckpointError, MissingExtraError, RequestError
 from splitdecode.families import problems
 from splitdecode.models.checkpoint import open_checkpoint
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, LargeOnly
-from splitdecode.split.roles import Pair
+from splitdecode.split.prompts import prompt_ids
+from splitdecode.train.cost import Answer, CostModel, run_of
 from splitdecode.train.export import write_model, write_tokenizer
 from splitdecode.train.grpo import Converged, Rollouts, make_trainer
+from splitdecode.train.grpo_settings import GrpoSettings, weights_of
+from splitdecode.train.log_plot import LOG, read_log
 from splitdecode.train.output import claim, newest_checkpoint, step_of
-from splitdecode.train.rewards import Answer, CostModel, Latency, combine
+from splitdecode.train.rewards import combine
 
-PRESETS = ("paper", "toy")
 _CALIBRATE = 16  # questions whose answers the cost model is fitted to, under two policies
-
-
-@dataclass(frozen=True, slots=True)
-class GrpoSettings:
-    """One run. Raises RequestError naming the field that cannot be used.
-
-    learning_rate             constant            temperature, max_tokens   of the rollouts
-    prompts, generations      of a step: so many prompts, so many answers to each
-    steps, stop_after         optimiser steps; fewer where the mean reward of the last stop_after steps is no more than
-                              that of those before (0: never)
-    rewards, latency, scoring term=weight,... of rewards.py; where latency comes from; how answers are scored
-    save_steps                steps between checkpoints
-    """
-
-    learning_rate: float = 1e-6
-    temperature: float = 0.7
-    max_tokens: int = 4096
-    generations: int = 14
-    prompts: int = 6
-    steps: int = 833
-    stop_after: int = 0
-    rewards: str = "accuracy=1,format=1,tag_count=1"
-    latency: str = "modelled"
-    scoring: str = "integer"
-    save_steps: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise RequestError(f"{name}: found {value!r}, expected a finite number above 0")
-        least = {"generations": 2, "stop_after": 0, "seed": 0}
-        for name in ("max_tokens", "generations", "prompts", "steps", "stop_after", "save_steps", "seed"):
-            value, low = getattr(self, name), least.get(name, 1)
-            if type(value) is not int or value < low:
-                raise RequestError(f"{name}: found {value!r}, expected a whole number from {low}")
-        weights_of(self.rewards)
-        if self.latency not in list(Latency):
-            raise RequestError(f"latency: found {self.latency!r}, expected one of {', '.join(Latency)}")
-
-
-def weights_of(text: str) -> dict[str, float]:
-    """{term: weight} of "accuracy=1,latency=0.5"."""
-    try:
-        return {name.strip(): float(weight) for name, weight in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise RequestError(f"rewards: found {text!r}, expected term=weight,... as in accuracy=1,latency=1") from None
-
-
-def preset(name: str, **changes: Any) -> GrpoSettings:
-    """The settings of a preset, with `changes` over them. Raises RequestError for an unknown preset or field."""
-    if name not in PRESETS:
-        raise RequestError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}")
-    text = resources.files("splitdecode.train").joinpath("presets", f"grpo-{name}.toml").read_text("utf-8")
-    values = {**tomllib.loads(text), **changes}
-    known = [field.name for field in fields(GrpoSettings)]
-    for field in values:
-        if field not in known:
-            raise RequestError(f"settings: found {field!r}, expected {', '.join(known)}")
-    return GrpoSettings(**values)
+_FREE = (
+    "micro_batch",
+    "gradient_checkpointing",
+)  # settings that change no weight but by rounding: a run goes on with others
+Say = Callable[[str], None]
 
 
 def family_questions(names: Sequence[str], count: int, seed: int) -> dict[str, str]:
@@ -118,9 +65,16 @@ def read_questions(path: Path) -> dict[str, str]:
 
 
 def train(
-    small: str | Path, large: str | Path, questions: Mapping[str, str], output: str | Path, settings: GrpoSettings
+    small: str | Path,
+    large: str | Path,
+    questions: Mapping[str, str],
+    output: str | Path,
+    settings: GrpoSettings,
+    *,
+    say: Say = lambda _: None,
 ) -> list[dict[str, float]]:
     """Tunes `small` beside `large` on the questions and saves it to `output`; goes on where that holds the same run.
+    say: is told of questions that are left out and of every step.
 
     Returns the figures of every step of this call. Raises MissingExtraError without the [train] extra, RequestError
     for settings or an output that do not fit, CheckpointError for a model that cannot be used.
@@ -132,72 +86,154 @@ def train(
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback
     except ImportError as error:
         raise MissingExtraError((error.name or "trl").partition(".")[0], "train", "GRPO") from error
-    target, size = Path(output), settings.prompts * settings.generations
+    target, device, cost = Path(output), _device(settings.device), settings.given_cost()
     checkpoint = open_checkpoint(small)
     if target.resolve() == checkpoint.directory.resolve():
         raise RequestError(f"--output: found {target}, the model's own directory, expected another one")
-    if len(questions) < settings.prompts:
-        raise RequestError(f"questions: found {len(questions)}, expected at least {settings.prompts}, those of a step")
-    claim(target, {**asdict(settings), "small": str(small), "large": str(large), "questions": len(questions)})
-    decoder = SplitDecoder.from_pretrained(small, large, dtype="float32", max_num_seqs=min(size, 256))
+    _check_number(questions, settings)
+    mine = _identity(small, large, questions, settings, cost)
+    claim(target, mine)
     tokens, _ = write_tokenizer(checkpoint.directory, target, False)
     if tokens.eos_id is None:
         raise CheckpointError(f"{checkpoint.directory}: expected an EOS token, found none: answers would not end")
+    found = newest_checkpoint(target / "checkpoints")
+    steps = _steps(target, 0 if found is None else step_of(found))
+    stop = Converged(settings.stop_after) if settings.stop_after else None
+    if found is not None and (step_of(found) >= settings.steps or (stop and stop([line["reward"] for line in steps]))):
+        say(f"ended after step {step_of(found)}: nothing is left to do")
+        ended: Any = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32)
+        write_model(ended, checkpoint.directory, target)
+        return []
+    decoder = SplitDecoder.from_pretrained(
+        small, large, device=device, dtype=DTYPES[settings.dtype], kv_cache_memory=settings.kv_cache_memory,
+        max_num_seqs=min(settings.answers, 256),
+    )  # fmt: skip
+    questions = _with_room(decoder, questions, settings, say)
+    if cost is None and settings.timed:
+        cost = _fitted_cost(decoder, questions, settings, target / "cost.json", mine)
     eos = tokens.decode([tokens.eos_id], skip_special_tokens=False)
     fast: Any = PreTrainedTokenizerFast
     words = fast(tokenizer_file=str(checkpoint.directory / "tokenizer.json"), eos_token=eos, pad_token=eos)
     policy: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
-    found = newest_checkpoint(target / "checkpoints")
-    done = 0 if found is None else step_of(found)
+    begun, rows = len(steps), settings.micro_batch or settings.answers
     rollouts = Rollouts(
-        decoder, questions, _rewards(decoder, questions, settings, target / "cost.json"),
+        decoder, questions, _rewards(settings, cost),
         SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed),
-        weights_of(settings.rewards), log=_log(target, done),
+        weights_of(settings.rewards), log=target / LOG, steps=steps,
     )  # fmt: skip
     trainer = make_trainer(
-        policy, words, rollouts, stop=Converged(settings.stop_after) if settings.stop_after else None,
-        num_generations=settings.generations, per_device_train_batch_size=size, max_steps=settings.steps,
+        policy, words, rollouts, stop=stop, on_step=lambda *step: say(_told(*step)),
+        num_generations=settings.generations, per_device_train_batch_size=rows, max_steps=settings.steps,
+        gradient_accumulation_steps=settings.answers // rows, scale_rewards=settings.scale_rewards,
         learning_rate=settings.learning_rate, lr_scheduler_type="constant", seed=settings.seed, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), bf16=False, output_dir=str(target / "checkpoints"), logging_steps=10**9,
-        save_strategy="steps", save_steps=settings.save_steps, save_total_limit=2,
+        use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu", bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing, output_dir=str(target / "checkpoints"),
+        logging_steps=10**9, save_strategy="steps", save_steps=settings.save_steps, save_total_limit=2,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     write_model(policy, checkpoint.directory, target)
-    return rollouts.steps
+    return rollouts.steps[begun:]
 
 
-def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, file: Path) -> dict[str, Any]:
-    """One function per term. Where time counts, costs are fitted first, to answers of the pair and of the large model
-    alone, and kept in `file`: a run that goes on goes on with them."""
-    weights, cost = weights_of(settings.rewards), None
-    if "latency" in weights and settings.latency != Latency.COVERAGE:
-        if not file.is_file():
-            asked = list(questions)[:_CALIBRATE]
-            params = SamplingParams(
-                temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
-            )
-            runs = [o for p in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=p)]
-            fitted = CostModel.calibrate([output.metrics for output in runs])
-            file.write_text(json.dumps([list(fitted.forward_ms), list(fitted.token_ms)]) + "\n", "utf-8")
-        forward_ms, token_ms = json.loads(file.read_text("utf-8"))
-        cost = CostModel(Pair(*forward_ms), Pair(*token_ms))
-    reward = combine(weights, scoring=settings.scoring, kind=settings.latency, cost=cost)
+def _device(wanted: str) -> str:
+    """cpu or cuda. Raises RequestError where there is none, or more than the trainer and the pair would agree on."""
+    import torch
 
-    def term(name: str) -> Any:
-        part = reward.parts[name]
-        return lambda output, gold: part(_answer(output, gold))
-
-    return {name: term(name) for name in weights}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not count):
+        return "cpu"
+    if count != 1:
+        raise RequestError(f"device: found {count} GPUs for {wanted!r}, expected one (CUDA_VISIBLE_DEVICES=0, say)")
+    return "cuda"
 
 
-def _answer(output: RequestOutput, gold: str) -> Answer:
-    return Answer(output.outputs[0].raw_text, gold, output.metrics)
+def _check_number(questions: Mapping[str, str], settings: GrpoSettings, where: str = "") -> None:
+    if len(questions) < settings.prompts:
+        raise RequestError(f"questions: found {len(questions)}{where}, expected at least {settings.prompts}, those of "
+                           "a step")  # fmt: skip
 
 
-def _log(target: Path, done: int) -> Path:
-    """The log, without the lines of steps that were not saved."""
-    log = target / "log.jsonl"
-    lines = log.read_text("utf-8").splitlines()[:done] if log.is_file() else []
-    log.write_text("".join(line + "\n" for line in lines), "utf-8")
-    return log
+def _identity(
+    small: str | Path,
+    large: str | Path,
+    questions: Mapping[str, str],
+    settings: GrpoSettings,
+    cost: CostModel | None,
+) -> dict[str, Any]:
+    """What tells this run from others, as JSON has it."""
+    data = sha256(json.dumps(list(questions.items())).encode()).hexdigest()
+    chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    given = None if cost is None else cost.as_dict()
+    return {
+        **chosen,
+        "cost": given,
+        "small": str(small),
+        "large": str(large),
+        "questions": len(questions),
+        "data": data,
+    }
+
+
+def _with_room(
+    decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, say: Say
+) -> Mapping[str, str]:
+    """The questions whose prompts are within max_prompt and leave either model room for a token.
+
+    Raises RequestError where fewer are left than a step takes, and for a prompt that holds no tokens.
+    """
+    most = min(settings.max_prompt, *(limit - 1 for limit in decoder.max_len))
+    sizes = {
+        prompt: max(map(len, prompt_ids(decoder.tokens, prompt, None, decoder.vocab_limits))) for prompt in questions
+    }
+    fitting = {prompt: gold for prompt, gold in questions.items() if sizes[prompt] <= most}
+    if left := len(questions) - len(fitting):
+        say(f"{left} of {len(questions)} questions left out: their prompts are longer than {most} tokens")
+        _check_number(fitting, settings, f" with prompts of at most {most} tokens, of {len(questions)}")
+    return fitting
+
+
+def _fitted_cost(
+    decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, file: Path, mine: Mapping[str, Any]
+) -> CostModel:
+    """The cost model kept in `file` where this very run fitted it; else one fitted now, to answers of the pair and of
+    the large model alone."""
+    run = sha256(json.dumps(mine).encode()).hexdigest()
+    if run_of(file) == run:
+        return CostModel.read(file, "--output")
+    asked = list(questions)[:_CALIBRATE]
+    params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed)
+    runs = [o for policy in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=policy)]
+    cost = CostModel.calibrate([Answer.of(output) for output in runs], decoder.config.read_interval)
+    cost.write(file, run)
+    return cost
+
+
+def _rewards(settings: GrpoSettings, cost: CostModel | None) -> dict[str, Any]:
+    """One function per term."""
+    reward = combine(weights_of(settings.rewards), scoring=settings.scoring, kind=settings.latency, cost=cost)
+
+    def term(name: str) -> Callable[[RequestOutput, str], float]:
+        return lambda output, gold: reward.parts[name](Answer.of(output, gold))
+
+    return {name: term(name) for name in reward.weights}
+
+
+def _steps(target: Path, done: int) -> list[dict[str, float]]:
+    """The figures of the first `done` steps; later ones, whose weights were not saved, are taken out of the log."""
+    log = target / LOG
+    lines = [line for line in read_log(target) if line["step"] <= done] if done and log.is_file() else []
+    part = log.with_name(log.name + ".part")
+    try:
+        part.write_text("".join(json.dumps({**line, "step": int(line["step"])}) + "\n" for line in lines), "utf-8")
+        os.replace(part, log)
+    except OSError as error:
+        raise RequestError(f"--output: {log} cannot be written ({error.strerror})") from None
+    return [{name: value for name, value in line.items() if name != "step"} for line in lines]
+
+
+def _told(step: int, steps: int, figures: Mapping[str, float], seconds: float) -> str:
+    """A line for people: step 3/40: reward 0.31 (accuracy 0.75, latency -0.44), 4.4 % offloaded, 1.2 s."""
+    each = ", ".join(f"{name[7:]} {value:.3g}" for name, value in figures.items() if name.startswith("reward/"))
+    share = 100 * figures["offload_fraction"]
+    return f"step {step}/{steps}: reward {figures['reward']:.3g} ({each}), {share:.2g} % offloaded, {seconds:.1f} s"

@@ -17,13 +17,16 @@ from splitdecode.plots import load_pyplot
 LOG = "log.jsonl"
 COLUMNS = 3
 _SHARE = 8  # the smooth line is the mean over so small a part of the steps
-_FIRST, _LAST = "reward", ("offload_fraction", "spans", "tokens", "ms")
+_FIRST, _LAST = "reward", ("offload_fraction", "spans", "tokens", "ms", "unbalanced", "unreturned")
+_SHARES = ("offload_fraction", "unbalanced", "unreturned")
 _TITLES = {
     "reward": "reward, weighted sum",
     "offload_fraction": "tokens by the large model (%)",
     "spans": "spans an answer",
     "tokens": "tokens an answer",
     "ms": "ms an answer (both models)",
+    "unbalanced": "answers with unpaired tags (%)",
+    "unreturned": "spans not taken back (%)",
 }
 
 
@@ -99,7 +102,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _draw(axes: Any, steps: Sequence[dict[str, float]], name: str, colour: str, label: str) -> None:
-    scale = 100.0 if name == "offload_fraction" else 1.0
+    scale = 100.0 if name in _SHARES else 1.0
     at, values = [step["step"] for step in steps], [scale * step[name] for step in steps]
     axes.plot(at, values, ".", color=colour, alpha=0.3, markersize=4)
     axes.plot(at, smoothed(values) if values else [], color=colour, linewidth=1.5, label=label)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,39 +64,58 @@ def act_logprobs(
 
     policy: logits of right-padded ids; entering: ids whose bytes enter the closing tag (PairTokens.entering);
     temperature: that of the draws. Answers must have been drawn without top-p, top-k, min-p and penalties, or these are
-    not the probabilities they were drawn with. Raises RequestError for a temperature that is not above 0.
+    not the probabilities they were drawn with. Of logits that say nothing of an act no copy is made.
+    Raises RequestError for a temperature that is not above 0.
     """
     if not temperature > 0:
         raise RequestError(
             f"temperature: found {temperature!r}, expected a number above 0: greedy answers have no acts"
         )
     lanes = [rollout.prompt_token_ids + rollout.ids for rollout in rollouts]
-    branches = [
-        (number, len(rollout.prompt_token_ids) + at, tried)
-        for number, rollout in enumerate(rollouts)
-        for at, tried in rollout.dead
-    ]
-    lanes += [lanes[number][:start] + tried for number, start, tried in branches]
+    drawn: list[tuple[int, int]] = []  # (lane, position) of what was drawn; of prefixes, of the token behind them
+    stayed: list[tuple[int, int]] = []
+    for row, rollout in enumerate(rollouts):
+        start = len(rollout.prompt_token_ids)
+        drawn += [(row, start + at) for at, own in enumerate(rollout.sampled.tolist()) if own]
+        stayed += [(row, start + at) for at in _stayed(rollout)]
+    ends = [len(drawn)]
+    for row, rollout in enumerate(rollouts):
+        for at, tried in rollout.dead:
+            branch = lanes[row][: len(rollout.prompt_token_ids) + at]
+            drawn += [(len(lanes), len(branch) + k) for k in range(len(tried))]
+            lanes.append(branch + tried)
+            ends.append(len(drawn))
     if not lanes:
         return []
     ids, mask = padded(lanes)
     logits = policy(ids, mask)
-    logprobs = (logits.float() if logits.dtype.itemsize < 4 else logits).div(temperature).log_softmax(-1)
-    following = logprobs[:, :-1].gather(2, ids[:, 1:, None].to(logprobs.device))[:, :, 0]  # [B, T - 1]: of id t + 1
-    ids_entering = torch.tensor(list(entering), dtype=torch.int64, device=logprobs.device)
-    died: list[list[Tensor]] = [[] for _ in rollouts]
-    for row, (number, start, tried) in enumerate(branches, len(rollouts)):
-        died[number].append(following[row, start - 1 : start - 1 + len(tried)].sum())
-    out = []
-    for row, rollout in enumerate(rollouts):
-        start = len(rollout.prompt_token_ids)
-        drawn = [start + i - 1 for i, own in enumerate(rollout.sampled.tolist()) if own]
-        begun = {at for at, _ in rollout.dead}
-        stayed = [start + at - 1 for at in rollout.passed if at not in begun]
-        enters = logprobs[row, stayed][:, ids_entering].logsumexp(-1)
-        none = logprobs.new_zeros(0)
-        out.append(ActLogprobs(following[row, drawn], log1mexp(enters), torch.stack(died[row]) if died[row] else none))
-    return out
+    lane, position = torch.tensor(drawn + stayed, dtype=torch.int64, device=logits.device).view(-1, 2).unbind(1)
+    scores = logits.flatten(0, 1).index_select(0, lane * logits.shape[1] + position - 1)  # [acts, V]
+    scores = (scores.float() if scores.dtype.itemsize < 4 else scores) / temperature
+    norm, split = scores.logsumexp(-1), len(drawn)
+    chosen = ids.to(logits.device)[lane[:split], position[:split]]
+    picked = scores[:split].gather(1, chosen[:, None])[:, 0] - norm[:split]
+    begins = scores[split:, torch.tensor(list(entering), dtype=torch.int64, device=logits.device)].logsumexp(-1)
+    rest = log1mexp((begins - norm[split:]).clamp(max=-torch.finfo(norm.dtype).eps))  # rounding may give 0
+    own = torch.split(picked[: ends[0]], [int(rollout.sampled.sum()) for rollout in rollouts])
+    kept = torch.split(rest, [len(_stayed(rollout)) for rollout in rollouts])
+    died = iter([picked[a:b].sum() for a, b in pairwise(ends)])
+    none = picked.new_zeros(0)
+    return [
+        ActLogprobs(own[row], kept[row], torch.stack([next(died) for _ in one.dead]) if one.dead else none)
+        for row, one in enumerate(rollouts)
+    ]
+
+
+def act_count(rollout: Rollout) -> int:
+    """How many acts an answer has: the length of its ActLogprobs.all()."""
+    return int(rollout.sampled.sum()) + len(_stayed(rollout)) + len(rollout.dead)
+
+
+def _stayed(rollout: Rollout) -> list[int]:
+    """Prefixes at which no closing tag was begun."""
+    begun = {at for at, _ in rollout.dead}
+    return [at for at in rollout.passed if at not in begun]
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -109,12 +129,18 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def policy_loss(
-    acts: Sequence[Tensor], advantages: Tensor, old: Sequence[Tensor] | None = None, *, clip: float = 0.2
+    acts: Sequence[Tensor],
+    advantages: Tensor,
+    old: Sequence[Tensor] | None = None,
+    *,
+    clip: float = 0.2,
+    total: int | None = None,
 ) -> Tensor:
-    """A scalar to minimise: the mean over all acts of -min(ratio A, clipped ratio A).
+    """A scalar to minimise: the sum over all acts of -min(ratio A, clipped ratio A), over their number or `total`.
 
     acts: log-probabilities of each answer's acts, [k_r] with gradients; advantages: [answers]; old: the same under the
-    policy that drew them, None: that is this one. Raises RequestError when lengths differ or there is no act at all.
+    policy that drew them, None: that is this one; total: acts of the whole batch where these are a part of it: the
+    parts' losses add up to that of the whole. Raises RequestError when lengths differ or there is no act at all.
     """
     if len(acts) != len(advantages) or (old is not None and [len(o) for o in old] != [len(a) for a in acts]):
         raise RequestError(
@@ -123,10 +149,11 @@ def policy_loss(
             + ", expected one for one"
         )
     new = torch.cat(list(acts)) if acts else torch.zeros(0)
-    if not len(new):
+    count = len(new) if total is None else total
+    if not count:
         raise RequestError("policy_loss: found no act of the policy in any answer, expected one at least")
     before = new.detach() if old is None else torch.cat(list(old)).to(new)
     weight = torch.cat([a.expand(len(one)) for a, one in zip(advantages.to(new), acts, strict=True)])
     ratio = torch.exp(new - before)
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
-    return -torch.minimum(ratio * weight, clipped * weight).mean()
+    return -torch.minimum(ratio * weight, clipped * weight).sum() / count

@@ -1,31 +1,26 @@
-"""F7: what an answer is worth to a trainer. Pure functions of its text and its counters.
+"""F7: what an answer is worth to a trainer. Pure functions of its transcript and, where time is measured, its metrics.
 
     accuracy    0 or 1            the last box is right, by a scorer of splitdecode.evaluate; without a box it is wrong
     format      0, 1 or 2         the scaffold, and tags properly nested
     tag_count   about -4 to 6     pieces of the scaffold, number of spans, their share of the text, balance
     latency     below 0           minus the time the models took, measured or modelled; or the coverage of the text
 
-format and tag_count are the published terms as they work, oddities included. They read the whole text: where a chat
-template opens <think>, put that back in front.
+format and tag_count are the published terms as they work, oddities included. They read the whole text: a <think> that
+a chat template opened is put back in front by Answer.of.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import combinations
-
-import numpy as np
-import numpy.typing as npt
 
 from splitdecode.errors import RequestError
 from splitdecode.evaluate.scorers import Scorer, scorer
-from splitdecode.split.outputs import ModelMetrics, RequestMetrics
-from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
+from splitdecode.train.cost import Answer, CostModel, measured_ms
 
 TERMS = ("accuracy", "format", "tag_count", "latency")
 FULL_COVERAGE = 0.4  # the share of the text that the published shaping likes best
@@ -41,19 +36,6 @@ class Latency(StrEnum):
     MEASURED = "measured"
     MODELLED = "modelled"
     COVERAGE = "coverage"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a reward may look at.
-
-    text     the whole answer, control tags in it (CompletionOutput.raw_text)
-    gold     the right answer, for accuracy           metrics   of this one answer, for measured or modelled latency
-    """
-
-    text: str
-    gold: str | None = None
-    metrics: RequestMetrics | None = None
 
 
 def accuracy(text: str, gold: str, score: Scorer) -> float:
@@ -107,66 +89,29 @@ def coverage(text: str) -> float:
     return coverage_score(inside_share(text))
 
 
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """What work costs: forward_ms per step and token_ms per position run, of each model.
-
-    Two answers with the same counters cost the same. That is the point: within a group of equal answers, a trainer that
-    divides by the spread would turn the jitter of a clock into advantage.
-    """
-
-    forward_ms: Pair[float]
-    token_ms: Pair[float]
-
-    @classmethod
-    def calibrate(cls, answers: Sequence[RequestMetrics]) -> CostModel:
-        """Non-negative least squares, a model at a time, of ms over forwards and positions run.
-
-        answers: measured as they will be served, since a step that many share costs each of them less. A model that did
-        nothing in any of them costs nothing. Raises RequestError for no answers, or times that are not finite.
-        """
-        if not answers:
-            raise RequestError("CostModel: found no answers, expected at least one that was measured")
-        fitted = Pair.of(lambda role: _fit([answer.models[role] for answer in answers]))
-        return cls(fitted.map(lambda found: found[0]), fitted.map(lambda found: found[1]))
-
-    def ms(self, metrics: RequestMetrics) -> float:
-        """The modelled ms of an answer. Prompt positions are left out: who of a group finds them cached is chance."""
-        return sum(
-            self.forward_ms[role] * work.forwards + self.token_ms[role] * (_positions(work) - work.prompt_tokens)
-            for role, work in zip(Role, metrics.models, strict=True)
-        )
-
-    def large_only_ms(self, tokens: int) -> float:
-        """What the large model alone would take to write so many tokens, one a step."""
-        return (self.forward_ms[Role.LARGE] + self.token_ms[Role.LARGE]) * tokens
-
-
-def measured_ms(metrics: RequestMetrics) -> float:
-    """What both models took for an answer, in ms: its share of the steps it took part in."""
-    return sum(work.ms for work in metrics.models)
-
-
 def latency(answer: Answer, kind: Latency, cost: CostModel | None = None, scale: float | None = None) -> float:
     """The latency term: -ms / scale, or with COVERAGE cov(r).
 
     scale, in ms: None is what large-only would take for as many tokens, by the cost model. So scaled, the term is about
     -1 for large-only at any length: it does not ask for short answers. A fixed scale does.
-    Raises RequestError where metrics, cost model or scale are missing, or the scale is not above 0.
+    Raises RequestError where spans, metrics, cost model or scale are missing, or the scale is not above 0.
     """
     if kind is Latency.COVERAGE:
         return coverage(answer.text)
-    if answer.metrics is None:
-        raise RequestError(f"latency: found no metrics of the answer, expected them for {str(kind)!r}")
     if cost is None and (kind is Latency.MODELLED or scale is None):
         raise RequestError(f"latency: found no cost model, expected one for {str(kind)!r}"
                            + ("" if kind is Latency.MODELLED else ", or a scale in ms"))  # fmt: skip
+    if cost is not None and answer.spans is None:
+        raise RequestError("latency: found no spans of the answer, expected who wrote which tokens")
     if scale is None and cost is not None:
-        scale = cost.large_only_ms(max(answer.metrics.tokens, 1))
+        scale = cost.large_only_ms(max(answer.tokens, 1))
     if scale is None or not 0 < scale < math.inf:
         raise RequestError(f"scale: found {scale} ms, expected a finite number above 0 (was the large model measured?)")
-    ms = cost.ms(answer.metrics) if kind is Latency.MODELLED and cost is not None else measured_ms(answer.metrics)
-    return -ms / scale
+    if kind is Latency.MODELLED and cost is not None:
+        return -cost.ms(answer) / scale
+    if answer.metrics is None:
+        raise RequestError(f"latency: found no metrics of the answer, expected them for {str(kind)!r}")
+    return -measured_ms(answer.metrics) / scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,33 +177,3 @@ def _gold(answer: Answer) -> str:
     if answer.gold is None:
         raise RequestError("accuracy: found no gold answer, expected the right answer as text")
     return answer.gold
-
-
-def _positions(work: ModelMetrics) -> int:
-    """Positions run: the prompt's, those caught up with or read, and one for each token drawn by itself."""
-    return work.prompt_tokens + work.catch_up_tokens + work.read_tokens + work.writes
-
-
-def _fit(works: Sequence[ModelMetrics]) -> tuple[float, float]:
-    counts = np.array([[work.forwards, _positions(work)] for work in works], dtype=np.float64)
-    ms = np.array([work.ms for work in works], dtype=np.float64)
-    if not np.isfinite(ms).all():
-        raise RequestError(f"CostModel: found {ms[~np.isfinite(ms)][0]} ms, expected finite times")
-    found = nonnegative_least_squares(counts, ms)
-    return float(found[0]), float(found[1])
-
-
-def nonnegative_least_squares(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """x [n] >= 0 that makes |a x - b| least; a [m, n], n small: every set of columns is tried.
-
-    The best x is the plain least squares of the columns it uses; of equally good ones that with the fewest is taken.
-    """
-    best, least = np.zeros(a.shape[1]), float(np.linalg.norm(b))
-    for count in range(1, a.shape[1] + 1):
-        for columns in combinations(range(a.shape[1]), count):
-            part, _, rank, _ = np.linalg.lstsq(a[:, columns], b, rcond=None)
-            residual = float(np.linalg.norm(a[:, columns] @ part - b))
-            if rank == count and (part >= 0).all() and residual < least - 1e-12 * float(np.linalg.norm(b)):
-                best, least = np.zeros(a.shape[1]), residual
-                best[list(columns)] = part
-    return best

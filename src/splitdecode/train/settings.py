@@ -1,4 +1,4 @@
-"""F7: the numbers of a fine-tuning run: presets in presets/*.toml, flags over them, each checked once."""
+"""F7: the numbers of a fine-tuning run: presets in presets/*.toml or one's own, flags over them, each checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from splitdecode.errors import RequestError
@@ -53,10 +54,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (holds, expected) = getattr(self, field.name), _CHECKS[field.name]
-            if not holds(value):
-                raise RequestError(f"{field.name}: found {value!r}, expected {expected}")
+        check(self, _CHECKS)
         if self.global_batch % self.micro_batch:
             raise RequestError(f"global_batch: found {self.global_batch}, expected a multiple of micro_batch, "
                                f"{self.micro_batch}")  # fmt: skip
@@ -66,23 +64,50 @@ class Settings:
 
 
 def preset(name: str, **changes: Any) -> Settings:
-    """The settings of a preset, with `changes` over them. Raises RequestError for an unknown preset or field."""
-    if name not in PRESETS:
-        raise RequestError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}")
-    text = resources.files("splitdecode.train").joinpath("presets", f"{name}.toml").read_text("utf-8")
-    return from_mapping({**tomllib.loads(text), **changes})
+    """The settings of a preset, or of a .toml file with the same keys, with `changes` over them. Raises RequestError
+    for an unknown preset, a file that cannot be read, an unknown field."""
+    return Settings(**{**read_preset(name, Settings), **known_fields(changes, Settings, "settings")})
 
 
-def from_mapping(values: Mapping[str, Any]) -> Settings:
-    """Settings by name. Raises RequestError for an unknown name."""
-    known = [field.name for field in fields(Settings)]
+def read_preset(name: str, kind: type[Any], family: str = "") -> dict[str, Any]:
+    """The fields of `kind`, a dataclass, that a preset or a .toml file sets; family: what the presets' files begin
+    with. Raises RequestError naming the preset, the file or the key that cannot be used."""
+    if name in PRESETS:
+        return tomllib.loads(
+            resources.files(__package__).joinpath("presets", f"{family}{name}.toml").read_text("utf-8")
+        )
+    if not name.endswith(".toml"):
+        raise RequestError(f"preset: found {name!r}, expected {' or '.join(PRESETS)}, or a file that ends in .toml")
+    try:
+        found = tomllib.loads(Path(name).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"preset: {name} cannot be read ({error})") from None
+    return known_fields(found, kind, f"preset: {name}")
+
+
+def known_fields(values: Mapping[str, Any], kind: type[Any], where: str) -> dict[str, Any]:
+    """The values, all of which `kind` must have fields for. Raises RequestError that begins with `where`."""
+    names = [field.name for field in fields(kind)]
     for name in values:
-        if name not in known:
-            raise RequestError(f"settings: found {name!r}, expected {', '.join(known)}")
-    return Settings(**values)
+        if name not in names:
+            raise RequestError(f"{where}: found {name!r}, expected {', '.join(names)}")
+    return dict(values)
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]  # by field: whether a value will do, what was expected
+
+
+def check(settings: Any, checks: Checks) -> None:
+    """Raises RequestError naming the first field whose value will not do."""
+    for name, (holds, expected) in checks.items():
+        value = getattr(settings, name)
+        if not holds(value):
+            raise RequestError(f"{name}: found {value!r}, expected {expected}")
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a finite number of that range."""
+
     def holds(value: Any) -> bool:
         kind = isinstance(value, (int, float)) and not isinstance(value, bool)
         return kind and math.isfinite(value) and (low < value if above else low <= value) and value <= high
@@ -90,36 +115,33 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Calla
     return holds
 
 
-def _whole(low: int) -> Callable[[Any], bool]:
+def whole(low: int) -> Callable[[Any], bool]:
+    """Whether a value is a whole number from `low`."""
     return lambda value: type(value) is int and value >= low
 
 
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_POSITIVE = (_number(0, above=True), "a finite number above 0")
-_SHARE = (_number(0, 1), "a number from 0 to 1")
-_COUNT = (_whole(1), "a whole number from 1")
-_FLAG = (_flag, "true or false")
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": _POSITIVE,
-    "max_steps": (lambda value: value is None or _whole(1)(value), "a whole number from 1, or none"),
-    "learning_rate": _POSITIVE,
-    "matrix_rate": (_number(0), "a finite number from 0"),
-    "min_lr_ratio": _SHARE,
-    "warmup_ratio": (lambda value: _number(0)(value) and value < 1, "a number from 0 up to, but not, 1"),
-    "global_batch": _COUNT,
-    "micro_batch": _COUNT,
-    "max_length": (_whole(2), "a whole number from 2"),
-    "packing": _FLAG,
-    "bf16": _FLAG,
-    "gradient_checkpointing": _FLAG,
-    "tag_weight": (_number(0), "a finite number from 0"),
-    "tags_apart": _SHARE,
-    "added_tokens": _FLAG,
-    "lora_rank": (_whole(0), "a whole number from 0"),
-    "lora_alpha": _POSITIVE,
-    "save_steps": _COUNT,
-    "seed": (_whole(0), "a whole number from 0"),
+POSITIVE = (number(0, above=True), "a finite number above 0")
+SHARE = (number(0, 1), "a number from 0 to 1")
+COUNT = (whole(1), "a whole number from 1")
+FLAG = (lambda value: isinstance(value, bool), "true or false")
+_CHECKS: Checks = {
+    "epochs": POSITIVE,
+    "max_steps": (lambda value: value is None or whole(1)(value), "a whole number from 1, or none"),
+    "learning_rate": POSITIVE,
+    "matrix_rate": (number(0), "a finite number from 0"),
+    "min_lr_ratio": SHARE,
+    "warmup_ratio": (lambda value: number(0)(value) and value < 1, "a number from 0 up to, but not, 1"),
+    "global_batch": COUNT,
+    "micro_batch": COUNT,
+    "max_length": (whole(2), "a whole number from 2"),
+    "packing": FLAG,
+    "bf16": FLAG,
+    "gradient_checkpointing": FLAG,
+    "tag_weight": (number(0), "a finite number from 0"),
+    "tags_apart": SHARE,
+    "added_tokens": FLAG,
+    "lora_rank": (whole(0), "a whole number from 0"),
+    "lora_alpha": POSITIVE,
+    "save_steps": COUNT,
+    "seed": (whole(0), "a whole number from 0"),
 }
