@@ -14,11 +14,27 @@ import tiny_pair
 import tiny_report
 import torch
 
+from splitdecode.evaluate.claims import shipped_results
 from splitdecode.families import FAMILIES, part_of
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train.scratch import Shape, write_scratch
 
 POLICIES = "small-base,large,split,random-base"
+
+
+def test_the_pair_that_comes_with_the_package_does_what_it_is_for() -> None:
+    (document,) = shipped_results()
+    rows = [row for row in document["rows"] if row["task"] == tiny_report.FAMILY]
+    assert min(row["n"] for row in rows) >= 500
+    found = tiny_report.targets(document)
+    assert len(found) == 5
+    assert [one for one in found if not one.met] == []
+
+
+def test_the_pair_that_comes_with_the_package_is_small() -> None:
+    files = [file for file in tiny_pair.INSTALLED.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"model.safetensors", "tokenizer.json"}
+    assert sum(file.stat().st_size for file in files) <= 8e6
 
 
 @pytest.fixture(scope="module")
