@@ -11,8 +11,8 @@
 
 What is there, by the recipe as it stands, is not made again: the same command goes on. --install puts the models into
 the package and the report (benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds
-are fixed: on one machine the files come out equal; on another kind of processor sums round otherwise, and the targets
-are what holds.
+are fixed: on one machine everything up to sft comes out equal, bit by bit. GRPO fits its costs to measured times, and
+another kind of processor rounds sums otherwise: then the targets are what holds.
 """
 
 from __future__ import annotations
