@@ -268,6 +268,17 @@ def test_levels_of_the_axes() -> None:
     assert own.scoring == "integer"
 
 
+def test_levels_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("steps = 7\n", "utf-8")
+    (own,) = parse_rl([f"{file}:prompts=3"]).values()
+    assert own is not None
+    assert (own.steps, own.prompts) == (7, 3)
+    file.write_text("epochs = 7\n", "utf-8")
+    (tuned,) = parse_sft([f"{file}:packing=true"]).values()
+    assert (tuned.epochs, tuned.packing) == (7, True)
+
+
 def test_folders_differ() -> None:
     assert list(folders(["gap:share=0.1", "gap,share:0.1", "file:a b.jsonl"]).values()) == [
         "gap-share-0.1", "gap-share-0.1-1", "file-a-b.jsonl"
@@ -286,15 +297,17 @@ WRONG = {
     f"{USUAL} --sources gap:share=2": "--sources: gap:share=2: share: found 2.0",
     f"{USUAL} --sources gap:window": "--sources: gap:window: found 'window', expected key=value",
     f"{USUAL} --sources file:nowhere": "--sources: nowhere: found no text to read",
-    f"{USUAL} --sft tiny": "--sft: found 'tiny', expected paper or toy, with [:key=value,...]",
+    f"{USUAL} --sft tiny": "--sft: found 'tiny', expected paper, toy or a .toml file, with [:key=value,...]",
     f"{USUAL} --sft toy:speed=1": "--sft: toy:speed=1: found 'speed', expected one of epochs, max_steps",
     f"{USUAL} --sft toy:epochs=many": "--sft: toy:epochs=many: epochs: found 'many', expected a number",
     f"{USUAL} --sft toy:packing=yes": "--sft: toy:packing=yes: packing: found 'yes', expected true or false",
     f"{USUAL} --sft toy:seed=1": "--sft: toy:seed=1: found 'seed', expected it in --seeds",
     f"{USUAL} --sft toy:lora_rank=2": "--sft: toy:lora_rank=2: matrix_rate: found 0.01",
-    f"{USUAL} --rl grpo": "--rl: found 'grpo', expected none, grpo-paper or grpo-toy, with [:key=value,...]",
+    f"{USUAL} --rl grpo": "--rl: found 'grpo', expected none, grpo-paper, grpo-toy or a .toml file, with",
     f"{USUAL} --rl grpo-toy:generations=1": "--rl: grpo-toy:generations=1: generations: found 1",
     f"{USUAL} --rl grpo-toy:rewards=speed=1": "--rl: grpo-toy:rewards=speed=1: weights: found 'speed'",
+    f"{USUAL} --rl grpo-toy:cost=no.json": "--rl: grpo-toy:cost=no.json: --cost: no.json cannot be read",
+    f"{USUAL} --rl no.toml": "--rl: no.toml: preset: no.toml cannot be read",
     f"{USUAL} --rl grpo-toy --n 4": "--n: found 4 questions, expected at least 12, those of a step of grpo-toy",
     f"{USUAL} --seeds 0,x": "--seeds: found '0,x', expected whole numbers",
     f"{USUAL} --eval-n 0": "--eval-n: found 0, expected at least 1",

@@ -101,7 +101,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for task in tasks:
         asking.params(task)  # what cannot be sampled is said now
     levels = {text: Path(head) for text in (*tuned, *reinforced) if (head := text.partition(":")[0]).endswith(".toml")}
-    files = {"data": args.data, "eval_data": args.eval_data, **sources, **levels}
+    costs = {f"{text}: cost": Path(rl.cost) for text, rl in reinforced.items() if rl is not None and rl.cost}
+    files = {"data": args.data, "eval_data": args.eval_data, **sources, **levels, **costs}
     options = {"device": args.device, "dtype": args.dtype or ("float32" if args.device == "cpu" else "auto")}
     identity = {
         "base": args.base,

@@ -1,9 +1,9 @@
 """F7: the numbers of a GRPO run: presets in presets/grpo-*.toml or a file of one's own, flags over them, each checked.
 
-what is drawn     prompts x generations answers a step, temperature, max_tokens, max_prompt
-what it is worth  rewards, latency, scoring, cost
-what is made of it  learning_rate, scale_rewards, steps, stop_after
-where it fits     device, dtype, kv_cache_memory of the pair; micro_batch, gradient_checkpointing, bf16 of the policy
+what is drawn        prompts x generations answers a step, temperature, max_tokens, max_prompt
+what it is worth     rewards, latency, scoring, cost
+what is made of it   learning_rate, scale_rewards, steps, stop_after
+where it fits        device; dtype, kv_cache_memory of the pair; micro_batch, gradient_checkpointing, bf16
 """
 
 from __future__ import annotations
