@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from splitdecode.config import SamplingParams, request_key
@@ -145,15 +146,38 @@ def run_row(task: Task, row: Row, decoder: SplitDecoder, settings: Settings, rat
     few = slice(0, decoder.config.max_num_seqs)
     short = [replace(one, max_tokens=min(one.max_tokens or WARM_UP_TOKENS, WARM_UP_TOKENS)) for one in params[few]]
     _generate(decoder, task, row, items[few], short, policies[few], "warm-up", use_tqdm=False)
-    health = decoder.health
-    health.clear()
-    wall, cpu = time.perf_counter(), time.process_time()
-    outputs = _generate(decoder, task, row, items, params, policies, "", use_tqdm=settings.use_tqdm)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with watched(decoder) as signs:
+        wall, cpu = time.perf_counter(), time.process_time()
+        outputs = _generate(decoder, task, row, items, params, policies, "", use_tqdm=settings.use_tqdm)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     answers = [_answer(task, row, decoder, index // settings.samples, output) for index, output in enumerate(outputs)]
-    seen = health.figures() if health.answers else None
-    alarms = tuple(map(str, health.alarms()))
-    return Outcome(task, row, answers, settings.samples, wall, cpu, rate, seen, alarms)
+    return Outcome(task, row, answers, settings.samples, wall, cpu, rate, signs.figures, tuple(signs.alarms))
+
+
+@dataclass(slots=True)
+class Signs:
+    """How two models got on: figures by signature (split/health.py), None where no control tags decided hand-offs; and
+    what they alarm of."""
+
+    figures: dict[str, float | None] | None = None
+    alarms: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def watched(decoder: SplitDecoder) -> Iterator[Signs]:
+    """Signs of all answers of the block, filled in at its end. Seams are measured then: what is timed inside is not
+    disturbed."""
+    engine, health, signs = decoder.engine, decoder.health, Signs()
+    health.clear(memory=None)
+    engine.seams_wait = True
+    try:
+        yield signs
+        engine.score_seams()
+        signs.figures = health.figures() if health.answers else None
+        signs.alarms = [str(alarm) for alarm in health.alarms()]
+    finally:
+        engine.seams_wait = False
+        health.clear()
 
 
 def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:
