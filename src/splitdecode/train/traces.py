@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
+from splitdecode.annotate import spans
 from splitdecode.errors import RequestError
 from splitdecode.families import stream, tagged
+from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.questions import THINK, asked_by, opening, question_prompt
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
 
 IGNORED = -100
@@ -27,10 +30,14 @@ _TAG = re.compile(f"{re.escape(OPEN_TAG)}|{re.escape(CLOSE_TAG)}")
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A prompt, as the model will be given it, and the solution it should write: tags balanced, not nested."""
+    """A prompt, as the model will be given it, and the solution it should write: tags balanced, not nested.
+
+    bare: the prompt is a question alone, and asked() makes of it what the model will be given
+    """
 
     prompt: str
     tagged: str
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,8 @@ class Example:
 
 
 def read_traces(file: Path, flag: str = "--data") -> list[Trace]:
-    """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming the flag, file and line."""
+    """Traces from JSON lines with "question" or "prompt", and "tagged". Raises RequestError naming the flag, file and
+    line."""
     try:
         lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeError) as error:
@@ -61,6 +69,33 @@ def family_traces(names: Sequence[str], number: int, seed: int) -> list[Trace]:
         raise RequestError(f"--n: found {number}, expected at least 1")
     found = [problem for name in names for problem in islice(stream(seed, name, "train"), number)]
     return [Trace(problem.prompt, tagged(problem)) for problem in found]
+
+
+def asked(traces: Sequence[Trace], directory: Path) -> list[Trace]:
+    """The traces as they are trained on: bare questions as the runtime puts them to the small model, in the chat
+    template of the checkpoint in `directory`, with the hint; others as they stand.
+
+    Where the template has opened the answer (`<think>\\n`), a solution that begins with it goes on behind it: what the
+    prompt holds already is taken off. Raises CheckpointError or RequestError for a template that cannot be used.
+    """
+    template = ChatTemplate.from_directory(directory) if any(trace.bare for trace in traces) else None
+
+    def put(trace: Trace) -> Trace:
+        if not trace.bare:
+            return trace
+        prompt = question_prompt(trace.prompt, template, hint=True)
+        return Trace(prompt, _behind(opening(prompt), trace.tagged))
+
+    return [put(trace) for trace in traces]
+
+
+def _behind(opened: str, tagged: str) -> str:
+    """A tagged solution without the `opened` it begins with; of tags within that nothing is left."""
+    text, found = spans.parse(tagged) if opened else ("", [])
+    if not text.startswith(THINK):
+        return tagged
+    cut = len(opened) if text.startswith(opened) else len(THINK)
+    return spans.tag(text[cut:], [(max(0, start - cut), stop - cut) for start, stop in found if max(start, cut) < stop])
 
 
 def check_tags(text: str, where: str) -> None:
@@ -111,11 +146,13 @@ def _trace(where: str, line: str) -> Trace:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "tagged")):
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise RequestError(f"{where}: found {found or 'no fields'}, expected an object with the texts "
-                           "'prompt' and 'tagged'")  # fmt: skip
+    if not isinstance(row, dict):
+        raise RequestError(f"{where}: found {type(row).__name__}, expected an object")
+    name = asked_by(row, where)
+    if not all(isinstance(row.get(field), str) for field in (name, "tagged")):
+        raise RequestError(f"{where}: found {', '.join(map(repr, row))}, expected an object with the texts "
+                           f"{name!r} and 'tagged'")  # fmt: skip
     check_tags(row["tagged"], where)
-    if not row["prompt"] or not row["tagged"]:
-        raise RequestError(f"{where}: found an empty text, expected a 'prompt' and a 'tagged' solution")
-    return Trace(row["prompt"], row["tagged"])
+    if not row[name] or not row["tagged"]:
+        raise RequestError(f"{where}: found an empty text, expected a {name!r} and a 'tagged' solution")
+    return Trace(row[name], row["tagged"], name == "question")
