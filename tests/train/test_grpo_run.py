@@ -117,15 +117,6 @@ def test_wrong_input_is_one_line(
     assert len(error.splitlines()) == 1
 
 
-def test_questions_from_lines(tmp_path: Path) -> None:
-    file = tmp_path / "q.jsonl"
-    file.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "2+2", "answer": "4"}\n', "utf-8")
-    assert grpo_run.read_questions(file) == {"1+1": "2", "2+2": "4"}
-    file.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "2+2"}\n', "utf-8")
-    with pytest.raises(RequestError, match=r"line 2: expected an object"):
-        grpo_run.read_questions(file)
-
-
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(MissingExtraError, match=r"GRPO needs trl: pip install 'splitdecode\[train\]'"):

@@ -23,6 +23,7 @@ from splitdecode.families import problems
 from splitdecode.models.checkpoint import open_checkpoint
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, LargeOnly
+from splitdecode.split.questions import opening
 from splitdecode.split.roles import Pair
 from splitdecode.train.export import write_model, write_tokenizer
 from splitdecode.train.grpo import Converged, Rollouts, make_trainer
@@ -99,31 +100,21 @@ def family_questions(names: Sequence[str], count: int, seed: int) -> dict[str, s
     return {task.prompt: str(task.answer) for name in names for task in problems(count, seed, name, part="train")}
 
 
-def read_questions(path: Path) -> dict[str, str]:
-    """{prompt: right answer} of JSON lines with "prompt" and "answer". Raises RequestError naming the line."""
-    found: dict[str, str] = {}
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            found[row["prompt"]] = str(row["answer"])
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(f'{path}, line {number}: expected an object with "prompt" and "answer"') from None
-    if not found:
-        raise RequestError(f"{path}: found no questions, expected at least one")
-    return found
-
-
 def train(
-    small: str | Path, large: str | Path, questions: Mapping[str, str], output: str | Path, settings: GrpoSettings
+    small: str | Path,
+    large: str | Path,
+    questions: Mapping[str, str],
+    output: str | Path,
+    settings: GrpoSettings,
+    *,
+    large_prompts: Mapping[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """Tunes `small` beside `large` on the questions and saves it to `output`; goes on where that holds the same run.
 
-    Returns the figures of every step of this call. Raises MissingExtraError without the [train] extra, RequestError
-    for settings or an output that do not fit, CheckpointError for a model that cannot be used.
+    questions: {prompt of the small model: right answer}; large_prompts: {the same: what the large model is given
+    instead}, where it is another text; questions.asked() makes both. Returns the figures of every step of this call.
+    Raises MissingExtraError without the [train] extra, RequestError for settings or an output that do not fit,
+    CheckpointError for a model that cannot be used.
     """
     import torch
 
@@ -149,10 +140,11 @@ def train(
     policy: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
     found = newest_checkpoint(target / "checkpoints")
     done = 0 if found is None else step_of(found)
+    others = large_prompts or {}
     rollouts = Rollouts(
-        decoder, questions, _rewards(decoder, questions, settings, target / "cost.json"),
+        decoder, questions, _rewards(decoder, questions, others, settings, target / "cost.json"),
         SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed),
-        weights_of(settings.rewards), log=_log(target, done),
+        weights_of(settings.rewards), log=_log(target, done), large_prompts=others,
     )  # fmt: skip
     trainer = make_trainer(
         policy, words, rollouts, stop=Converged(settings.stop_after) if settings.stop_after else None,
@@ -167,7 +159,9 @@ def train(
     return rollouts.steps
 
 
-def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, file: Path) -> dict[str, Any]:
+def _rewards(
+    decoder: SplitDecoder, questions: Mapping[str, str], others: Mapping[str, str], settings: GrpoSettings, file: Path
+) -> dict[str, Any]:
     """One function per term. Where time counts, costs are fitted first, to answers of the pair and of the large model
     alone, and kept in `file`: a run that goes on goes on with them."""
     weights, cost = weights_of(settings.rewards), None
@@ -177,7 +171,12 @@ def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: Grpo
             params = SamplingParams(
                 temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
             )
-            runs = [o for p in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=p)]
+            seen = [others.get(prompt, prompt) for prompt in asked]
+            runs = [
+                output
+                for policy in (ControlTags(), LargeOnly())
+                for output in decoder.generate(asked, params, handoff=policy, large_prompt=seen)
+            ]
             fitted = CostModel.calibrate([output.metrics for output in runs])
             file.write_text(json.dumps([list(fitted.forward_ms), list(fitted.token_ms)]) + "\n", "utf-8")
         forward_ms, token_ms = json.loads(file.read_text("utf-8"))
@@ -192,7 +191,8 @@ def _rewards(decoder: SplitDecoder, questions: Mapping[str, str], settings: Grpo
 
 
 def _answer(output: RequestOutput, gold: str) -> Answer:
-    return Answer(output.outputs[0].raw_text, gold, output.metrics)
+    """The whole answer: what the prompt has begun of it, `<think>\\n` say, and what was written behind it."""
+    return Answer(opening(str(output.prompt)) + output.outputs[0].raw_text, gold, output.metrics)
 
 
 def _log(target: Path, done: int) -> Path:
