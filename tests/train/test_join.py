@@ -208,6 +208,13 @@ def test_an_ablation_asks_as_it_trains(pair: Pair[Path], tmp_path: Path) -> None
     assert set(plan.large_prompts.items()) == BOTH
     assert all(trace.bare for trace in plan.traces)
     assert [task.chat for task in plan.tasks] == [True]
+    by_hand = tmp_path / "by-hand.jsonl"
+    by_hand.write_text('{"question": "1+1", "tagged": "2"}\n{"prompt": "p", "tagged": "t"}\n', "utf-8")
+    line[line.index("rules")] = f"file:{by_hand}"
+    with pytest.raises(
+        RequestError, match=r"by-hand.jsonl: found lines with 'prompt and question', expected 'question'"
+    ):
+        ablate_plan.plan_of(cli.build_parser().parse_args(line, argparse.Namespace(argv=line)))
     file.write_text(file.read_text("utf-8") + '{"prompt": "p", "trace": "t", "answer": 1}\n', "utf-8")
     with pytest.raises(RequestError, match=r"--data: .*found lines with 'question' and lines with 'prompt'"):
         ablate_plan.plan_of(cli.build_parser().parse_args(line, argparse.Namespace(argv=line)))

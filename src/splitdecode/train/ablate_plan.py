@@ -95,6 +95,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     else:
         traces, rows = _file_data(args.data, args.n)
         labels, tasks = {}, [_file_questions(args.eval_data, args.eval_n, args.scorer, bare=traces[0].bare)]
+    _check_sources(sources, "question" if traces[0].bare else "prompt")
     for name in ("base", "large"):
         with _named(f"--{name}"):
             open_checkpoint(getattr(args, name))
@@ -261,6 +262,16 @@ def _file_questions(file: Path, number: int | None, scorer: str | None, *, bare:
     """Questions put like those trained on: bare ones by split/questions.py, else as they stand, without template."""
     with _named("--eval-data", f"--data {file.stem}: "):
         return replace(file_task(file.stem, file, number, scorer), chat=bare)
+
+
+def _check_sources(sources: dict[str, Source], expected: str) -> None:
+    """What a tagged file trains on must be put as it is asked later. Raises RequestError."""
+    for path in sources.values():
+        if isinstance(path, Path):
+            found = {"question" if trace.bare else "prompt" for trace in read_traces(path, "--sources")}
+            if found != {expected}:
+                raise RequestError(f"--sources: {path}: found lines with {' and '.join(sorted(found))!r}, expected "
+                                   f"{expected!r} in all of them, as in what is asked")  # fmt: skip
 
 
 @contextmanager
