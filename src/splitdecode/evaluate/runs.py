@@ -18,12 +18,12 @@ from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError
 from splitdecode.evaluate.decisions import Decisions, compare
 from splitdecode.evaluate.policies import RATE_FROM, Rate, Row, kept, large_ranges, policies_of
-from splitdecode.evaluate.tasks import INSTRUCTION, Item, Task
+from splitdecode.evaluate.tasks import Item, Task
 from splitdecode.split.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from splitdecode.split.policies import HandoffPolicy
 from splitdecode.split.prompts import Prompt
+from splitdecode.split.questions import question_prompts
 from splitdecode.split.roles import Pair, Role
-from splitdecode.split.tokens import HINT
 
 NO_SPAN = 32  # tokens per chunk where nothing was handed over: never drawn, and each chunk costs a mark
 WARM_UP_TOKENS = 256  # per answer: steps of every size have run once, whatever the task's own limit
@@ -187,14 +187,11 @@ def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:
 
 
 def prompts_of(decoder: SplitDecoder, task: Task, item: Item, hint: bool) -> Pair[str]:
-    """What each model reads. Families: the prompt as it is. Questions: in the checkpoint's chat template where it has
-    one, with the demand for a box and, in the small model's alone, the hint."""
+    """What each model reads. Families: the prompt as it is. Questions: what split/questions.py makes of them, the hint
+    in the small model's alone."""
     if not task.chat:
         return Pair(item.prompt, item.prompt)
-    said = Pair.of(lambda role: f"{item.prompt}\n{HINT if hint and role is Role.SMALL else ''}\n{INSTRUCTION}")
-    if decoder.templates is None or any(template.source is None for template in decoder.templates):
-        return said.map(lambda text: text + "\n")
-    return Pair.of(lambda r: decoder.chat_prompts([{"role": "user", "content": said[r]}], hint=False)[r])
+    return question_prompts(item.prompt, decoder.templates, hint=hint)
 
 
 def _generate(
