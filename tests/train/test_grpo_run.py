@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 import splitdecode
 from splitdecode import SamplingParams, SplitDecoder
-from splitdecode.cli import main
+from splitdecode.cli import build_parser, main
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import problems
 from splitdecode.models import load_model
@@ -264,6 +265,23 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_every_setting_has_a_flag() -> None:
+    given = {
+        "learning_rate": 0.5, "temperature": 0.25, "max_tokens": 3, "max_prompt": 9, "generations": 4, "prompts": 3,
+        "steps": 5, "stop_after": 6, "rewards": "latency=1", "latency": "measured", "scoring": "aime", "cost": "a.json",
+        "scale_rewards": "batch", "device": "cuda", "dtype": "float16", "kv_cache_memory": "2GiB", "micro_batch": 6,
+        "gradient_checkpointing": False, "bf16": True, "save_steps": 7, "seed": 8,
+    }  # fmt: skip
+    words = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    args = build_parser().parse_args(["train", "grpo", "--small", "s", "--large", "l", "--output", "o", *words])
+    assert list(given) == [field.name for field in fields(GrpoSettings)]
+    assert {name: getattr(args, name) for name in given} == given
+    GrpoSettings(**given)
 
 
 def test_presets_from_files(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Rollouts:
     decoder: its small model is the policy's twin; references: what the rewards know of a question, by prompt;
     rewards: by name, summed by `weights` (1 each where it names none); log: one JSON object per step is appended;
     large_prompts: what the large model is given, by the small model's prompt; where it has none, the same text.
-    steps: the figures of the steps so far, those of a run that goes on; outputs, seen: of the last step.
+    steps: the figures so far, those of a run that goes on too; outputs, seen (256 at most): of the last step.
     Raises RequestError where the large model would be given a control tag.
     """
 
@@ -202,7 +202,9 @@ def make_trainer(
 
             drawn = [self.drawn[i] for i in inputs["rollout_index"].tolist()]
             acts = act_logprobs(logits, drawn, entering, temperature=rollouts.params.temperature)
-            return policy_loss([one.all() for one in acts], inputs["advantages"], total=self.acts)
+            return policy_loss(
+                [one.all() for one in acts], inputs["advantages"], clip=self.epsilon_low, total=self.acts
+            )
 
     def reward_of(name: str) -> Callable[..., list[float]]:
         def reward(completions: Any, earned: list[dict[str, float]], **_: Any) -> list[float]:
