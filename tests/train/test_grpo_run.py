@@ -195,7 +195,8 @@ def test_costs_are_fitted_once_and_kept(tmp_path: Path) -> None:
     questions = grpo_run.family_questions(["two-products"], 4, 0)
     with SplitDecoder.demo() as decoder:
         first = grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "a"})
-        assert first == grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "a"}) == CostModel.read(file)
+        again = grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "a"})
+        assert first == again == CostModel.read(file)
         assert first.read_interval == decoder.config.read_interval
         kept = file.read_text("utf-8")
         grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "b"})
