@@ -1,17 +1,20 @@
 """GRPO with true offloading on the embedded pair: does a small model learn to hand over less where it hands over too
 much, and more where it hands over too little?
 
-    PYTHONPATH=src python benchmarks/grpo.py --starts over-tagging,selective --seeds 1,2
+    PYTHONPATH=src python benchmarks/grpo.py --starts most-tagging,selective --seeds 1,2
 
 Two stages, both from the embedded small-base, both in this process and on one thread:
 
     over-tagging   supervised: tags around every product, and around sums, results and boxes with probability 0.6
+    most-tagging   supervised: tags around every product, and around the whole addition and the whole subtraction with
+                   probability 0.8: more than half of the text
     selective      supervised: tags around the products that small-base gets wrong in that very solution, no others
     GRPO           accuracy + --weight times a latency term; the large model writes in the rollouts
 
 The latency terms are those of splitdecode/train/rewards.py: modelled = the transcript at costs fitted once, in this
 process; measured = the models' milliseconds as they were; coverage = the published shaping, of the share of
-characters inside tags, which likes 40 %.
+characters inside tags, which likes 40 %: of the text of `over-tagging` it would have more inside tags, of that of
+`most-tagging` less.
 
 Before and after: --n held-out problems, greedy. The last line is one JSON document.
 """
@@ -48,16 +51,20 @@ from splitdecode.train.grpo import Rollouts, make_trainer
 from splitdecode.train.rewards import Latency, latency
 
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
-_MORE = re.compile(r"((?:^sum |^left |\\boxed\{))(\d+)", re.MULTILINE)
+_MORE = {
+    "over-tagging": (re.compile(r"((?:^sum |^left |\\boxed\{))(\d+)", re.MULTILINE), 0.6),
+    "most-tagging": (re.compile(r"()(^\d+[+-]\d+\nones [^<]*?\n(?:sum|left) \d+$)", re.MULTILINE), 0.8),
+}
 
 
-def overtagged(problem: Problem, rng: random.Random, share: float = 0.6) -> str:
-    """The tagged trace, with further numbers inside tags."""
+def overtagged(problem: Problem, rng: random.Random, start: str) -> str:
+    """The tagged trace, with more inside tags."""
+    places, share = _MORE[start]
 
     def put(found: re.Match[str]) -> str:
         return f"{found[1]}{OPEN_TAG}{found[2]}{CLOSE_TAG}" if rng.random() < share else found[0]
 
-    return _MORE.sub(put, tagged(problem))
+    return places.sub(put, tagged(problem))
 
 
 def missed(model: Any, words: Tokenizer, tasks: Sequence[Problem]) -> list[list[bool]]:
@@ -91,7 +98,7 @@ def taught(words: Tokenizer, start: str, steps: int, rows: int, seed: int) -> An
         if start == "selective":
             texts = [selected(task, wrong) for task, wrong in zip(tasks, missed(base, words, tasks), strict=True)]
         else:
-            texts = [overtagged(task, rng) for task in tasks]
+            texts = [overtagged(task, rng, start) for task in tasks]
         return [batch(words, [(task.prompt, text) for task, text in zip(tasks, texts, strict=True)])]
 
     teach(model, batches, steps, matrix_rate=0.01, rate=1.5e-3)
@@ -229,7 +236,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--starts", default="over-tagging,selective", help="default %(default)s")
+    add("--starts", default="most-tagging,selective", help="default %(default)s")
     add("--seeds", default="1,2", help="default %(default)s")
     add("--rewards", default="modelled,measured,coverage", help="default %(default)s")
     add("--steps", type=int, default=40, help="optimiser steps of GRPO (40)")

@@ -1,7 +1,7 @@
 """The base models of the embedded pair, from nothing: they learn products by drill and the families by solved problems.
 
     large        0.8 million parameters: knows the products
-    small-base   30 thousand: writes every step, knows the products only in part
+    small-base   98 thousand: writes every step, knows the products only in part
 
 Solved problems of one family in one wording are equally long, and so are drills: a forward has no padding. Each step is
 a few such forwards and one step of Muon (hidden matrices) and AdamW (the rest), on problems never seen before, of the

@@ -9,19 +9,22 @@
     tuned, small  and, by its own answers with the large model at work, where it pays: splitdecode train grpo
     eval          held-out problems of all families, every policy: splitdecode eval
 
-What is there is not made again: the same command goes on. --install puts the models into the package and the report
-(benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds are fixed: on one machine the
-files come out equal; on another kind of processor sums round otherwise, and the targets are what holds.
+What is there, by the recipe as it stands, is not made again: the same command goes on. --install puts the models into
+the package and the report (benchmarks/tiny_report.py) into docs/, and only where the pair does what it is for. Seeds
+are fixed: on one machine everything up to sft comes out equal, bit by bit. GRPO fits its costs to measured times, and
+another kind of processor rounds sums otherwise: then the targets are what holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +47,15 @@ OTHERS = "two-products-reworded,one-product,three-products"
 MODELS = ("large", "small-base", "small")
 POLICIES = "small-base,small,large,split,accept,reject,random-base,random,forced-base,forced"
 
+NEEDS = {
+    "large": (),
+    "small-base": (),
+    "traces": (),
+    "sft": ("small-base", "traces"),
+    "tuned": ("sft", "large"),
+    "small": ("tuned",),
+    "eval": ("small", "large", "small-base"),
+}
 SIDE_BY_SIDE = (("large",), ("small-base", "traces", "sft"))
 THEN = ("tuned", "small", "eval")
 COMMANDS = {  # run in the folder of the work
@@ -104,24 +116,46 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
+def recipe_of(stage: str) -> str:
+    """A digest of all that a stage's result depends on: its own recipe and those of the stages it needs."""
+    own = repr(RECIPES[stage]) if stage in RECIPES else COMMANDS.get(stage, "")
+    return hashlib.sha256("\n".join([own, *map(recipe_of, NEEDS[stage])]).encode()).hexdigest()[:16]
+
+
 def make(work: Path) -> dict[str, float]:
-    """Everything that is missing; seconds by stage. What ends beside a stage that fails is kept."""
+    """Everything that is missing, or was made by another recipe; seconds by stage. What ends beside a stage that fails
+    is kept."""
     work.mkdir(parents=True, exist_ok=True)
-    file = work / "stages.json"
-    took = json.loads(file.read_text()) if file.is_file() else {}
+    file, lock = work / "stages.json", threading.Lock()
+    record = json.loads(file.read_text()) if file.is_file() else {}
 
     def build(stages: Sequence[str]) -> None:
         for stage in stages:
-            if stage not in took:
-                began = time.monotonic()
-                make_small(work) if stage == "small" else run(work, stage)
-                took[stage] = round(time.monotonic() - began, 1)
-                file.write_text(json.dumps(took) + "\n")
+            wanted = recipe_of(stage)
+            known = record.get(stage, {}).get("recipe")
+            if known == wanted:
+                continue
+            if known is not None:
+                remove(work, stage)
+            began = time.monotonic()
+            make_small(work) if stage == "small" else run(work, stage)
+            with lock:
+                record[stage] = {"seconds": round(time.monotonic() - began, 1), "recipe": wanted}
+                part = file.with_suffix(".part")
+                part.write_text(json.dumps(record) + "\n")
+                part.replace(file)
 
     with ThreadPoolExecutor(len(SIDE_BY_SIDE)) as lanes:
         list(lanes.map(build, SIDE_BY_SIDE))
     build(THEN)
-    return took
+    return {stage: record[stage]["seconds"] for stage in NEEDS}
+
+
+def remove(work: Path, stage: str) -> None:
+    """What a stage left."""
+    shutil.rmtree(work / stage, ignore_errors=True)
+    for file in work.glob(f"{stage}.jsonl*"):
+        file.unlink()
 
 
 def wall(seconds: Mapping[str, float]) -> float:

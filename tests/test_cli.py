@@ -192,6 +192,21 @@ def test_chat_remembers(
     assert second["prompt"].startswith(f"system=be kind;user=hello;assistant={said};user=again\nYou always")
 
 
+def test_chat_goes_on_behind_what_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("small", "large"):
+        shutil.copytree(Path(cli.__file__).parent / "data" / "tiny-pair" / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    typed(monkeypatch, f"hello\n{'x' * 600}\nagain\n\n")
+    where = ["--small", str(tmp_path / "small"), "--large", str(tmp_path / "large"), "--kv-cache-memory", "16MiB"]
+    assert cli.main(["chat", *where, *SHORT, "--json"]) == 0
+    said = capsys.readouterr()
+    first, second = answers(said.out)
+    assert said.err.startswith("splitdecode chat: prompt: found ")
+    assert second["prompt"].startswith(f"hello;{first['outputs'][0]['text']};again\nYou always")
+
+
 # ---- plan, doctor
 
 

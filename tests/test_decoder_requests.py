@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from oracles.flaky import EOS, IDS, PROMPT, A, B, Broken, build, opened, pages
+import torch
+from oracles.flaky import EOS, IDS, PROMPT, A, B, Broken, C, build, opened, pages
 from oracles.tiny import TAGS
 
 from splitdecode import ControlTags, HandoffPolicy, LargeOnly, RequestError, SamplingParams, SmallOnly, SplitDecoder
+from splitdecode.requests import default_params
+from splitdecode.split import engine
 from splitdecode.split.roles import Pair, Role
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
@@ -26,6 +29,44 @@ def text(decoder: SplitDecoder, handoff: HandoffPolicy | None = None, **params: 
 
 
 # ---- parameters
+
+
+def test_what_the_checkpoint_says_is_the_default() -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05, "max_new_tokens": 7}
+    found = default_params(said)
+    assert found == SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.05, max_tokens=7)
+    assert default_params({**said, "do_sample": False}) == SamplingParams(
+        temperature=0.0, repetition_penalty=1.05, max_tokens=7
+    )
+    assert default_params({}) == SamplingParams()
+
+
+def test_a_name_in_use_is_not_given_again() -> None:
+    decoder = build()
+    stream = decoder.stream(PROMPT, SamplingParams(**GREEDY), request_id="request-1")
+    assert len(decoder.generate([PROMPT] * 3, SamplingParams(**GREEDY))) == 3
+    with pytest.raises(RequestError, match="request_id: 'request-1' is in use"):
+        decoder.stream(PROMPT, request_id="request-1")
+    assert "".join(delta.text for delta in stream) == text(decoder)
+    assert decoder.engine.unfinished == 0
+
+
+def test_a_salt_that_is_no_text() -> None:
+    with pytest.raises(RequestError, match="cache_salt: found"):
+        build().generate({"prompt_token_ids": PROMPT, "cache_salt": "\ud800"})
+
+
+@pytest.mark.parametrize("tags", [("<a>", "<a>"), ("<a", "<a>"), ("", "x"), ("x",), "xy", ("x", 1)])
+def test_tags_are_checked(tags: Any) -> None:
+    with pytest.raises(RequestError, match="tags: found "):
+        SplitDecoder.demo(tags=tags)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": ("float32",)}, {"revisions": (None, None, None)}])
+def test_one_for_each_model(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(RequestError, match=f"{name}: found {len(wrong[name])}, expected one for each"):
+        SplitDecoder.demo(**wrong)
 
 
 @pytest.mark.parametrize("policy", [SmallOnly(), LargeOnly()])
@@ -58,6 +99,19 @@ def test_logit_bias_min_tokens_and_ignore_eos() -> None:
         PROMPT, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, skip_special_tokens=False)
     )
     assert output.outputs[0].text == "<|eos|>" * 2
+
+
+def test_ids_that_mean_two_things_are_refused() -> None:
+    decoder = build()
+    table = decoder.tokenizers.large.token_bytes
+    table[A], table[B] = table[B], table[A]
+    pair = SplitDecoder(decoder.models, decoder.tokenizers, eos_ids=Pair((EOS,), (EOS,)), config=decoder.config)
+    assert not pair.tokens.same
+    for wrong in ({"stop_token_ids": [A]}, {"logit_bias": {A: 1.0}}):
+        with pytest.raises(RequestError, match="found id 1, b'a' to the small model and b'b' to the large one"):
+            pair.generate(PROMPT, SamplingParams(**wrong))
+    assert pair.generate(PROMPT, SamplingParams(stop_token_ids=[C], max_tokens=1))
+    assert decoder.engine.unfinished == pair.engine.unfinished == 0
 
 
 @pytest.mark.parametrize("policy", [SmallOnly(), LargeOnly(), ControlTags()])
@@ -203,6 +257,58 @@ def build_opened() -> SplitDecoder:
     decoder = build()
     opened(decoder)
     return decoder
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("place", ["completion", "count_models"])
+def test_what_fails_while_an_answer_ends_gives_its_pages_back(
+    place: str, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = build(depth=depth)
+    opened(decoder)
+    wanted, real = text(decoder), getattr(engine, place)
+    faults = [KeyboardInterrupt()]
+
+    def failing(*args: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return real(*args)
+
+    monkeypatch.setattr(engine, place, failing)
+    other = decoder.stream(PROMPT, SamplingParams(**GREEDY))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.generate([PROMPT] * 2, SamplingParams(**GREEDY))
+    assert decoder.engine.unfinished == decoder.engine.scheduler.unfinished == 0
+    assert pages(decoder) == [0, 0]
+    assert [delta.finish_reason for delta in other][-1] in ("abort", "length")
+    assert text(decoder) == wanted
+
+
+def test_a_seam_that_cannot_be_measured_costs_no_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = build(watch_seams=1)
+    opened(decoder)
+
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine, "token_logprobs", failing)
+    assert text(decoder) == "acccccccc"[:8]
+    assert "a seam was not measured: OutOfMemoryError: no room" in caplog.text
+    assert pages(decoder) == [0, 0]
+
+
+def test_what_fails_while_an_answer_begins_gives_its_handle_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = build()
+    sampler = decoder.engine.runners[Role.LARGE].sampler
+    real = sampler.set
+    monkeypatch.setattr(sampler, "set", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        text(decoder)
+    assert decoder.engine.unfinished == decoder.engine.scheduler.unfinished == 0
+    monkeypatch.setattr(sampler, "set", real)
+    assert text(decoder)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

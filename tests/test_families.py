@@ -131,6 +131,7 @@ def test_longer_runs_begin_as_shorter_ones() -> None:
         ("\\boxed{5", None),
         ("5", None),
         ("\\boxed{٣}", None),
+        ("\\boxed{" + "1" * 5000 + "}", None),
     ],
 )
 def test_boxed(text: str, number: int | None) -> None:

@@ -149,7 +149,7 @@ class AsyncSplitDecoder:
         request_id in use, or an engine that is shut down; CapacityError when max_waiting requests wait already. Raised
         while it runs: EngineError when a step fails, which ends every request, or when the engine's thread dies.
         """
-        make = partial(Snapshots, tags=self.decoder.tokens.tags)
+        make = partial(Snapshots, tags=self.decoder.engine.tags)
         asked = (prompt, sampling_params, handoff, large_prompt, request_id, on_delta)
         return Following(self, partial(self._submit, make, on_delta is not None, *asked))
 

@@ -102,7 +102,7 @@ class Snapshots(Ticket[RequestOutput]):
     """What generate() follows."""
 
     def __init__(
-        self, name: str, prompt: Prompt, choices: list[Choice], on_delta: OnDelta | None, tags: tuple[str, str]
+        self, name: str, prompt: Prompt, choices: list[Choice], on_delta: OnDelta | None, tags: tuple[str, ...]
     ) -> None:
         super().__init__(name, prompt, choices, on_delta)
         self._growths = [Growth(choice, tags) for choice in choices]

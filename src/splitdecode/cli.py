@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,7 @@ def _params(args: argparse.Namespace, decoder: SplitDecoder) -> SamplingParams:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     default = decoder.default_sampling_params
-    base = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    return SamplingParams(**{**base, **given}, skip_special_tokens=not args.keep_special)
+    return replace(default, **given, skip_special_tokens=not args.keep_special)
 
 
 def _policy(args: argparse.Namespace) -> HandoffPolicy:
@@ -166,21 +165,23 @@ def chat(args: argparse.Namespace) -> int:
         if not args.json:
             console.print(legend())
         while line := _ask(console, quiet=args.json):
-            messages.append({"role": "user", "content": line})
-            prompts = decoder.chat_prompts(messages)
-            if args.json:
-                small, large = prompts
-                output = decoder.generate(small, params, handoff=policy, large_prompt=large)[0]
-                print(json.dumps(as_dict(output)), flush=True)
-                said = output.outputs[0].text
-            else:
-                said = ""
-                answer = decoder.stream(prompts[Role.SMALL], params, handoff=policy, large_prompt=prompts[Role.LARGE])
-                for delta in answer:
-                    show(console, delta)
-                    said += delta.text
-                console.print()
-            messages.append({"role": "assistant", "content": said})
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                small, large = decoder.chat_prompts(asked)
+                if args.json:
+                    output = decoder.generate(small, params, handoff=policy, large_prompt=large)[0]
+                    print(json.dumps(as_dict(output)), flush=True)
+                    said = output.outputs[0].text
+                else:
+                    said = ""
+                    for delta in decoder.stream(small, params, handoff=policy, large_prompt=large):
+                        show(console, delta)
+                        said += delta.text
+                    console.print()
+            except RequestError as error:  # too long for the context, say: what was said before stands
+                print(f"splitdecode chat: {error}", file=sys.stderr)
+                continue
+            messages = [*asked, {"role": "assistant", "content": said}]
     return 0
 
 

@@ -23,7 +23,7 @@ from splitdecode.errors import RequestError
 from splitdecode.models import Transformer, load_model, open_checkpoint
 from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
-from splitdecode.requests import Requests, closing, gathered
+from splitdecode.requests import Requests, closing, default_params, gathered
 from splitdecode.runtime.device import DeviceRunner
 from splitdecode.runtime.kvcache import make_memory
 from splitdecode.runtime.runners import make_runner
@@ -122,7 +122,11 @@ class SplitDecoder:
         EngineConfig's: page_size, kv_cache_memory, max_num_batched_tokens, max_num_seqs, max_model_len, ...
         Raises CheckpointError naming file and field, CapacityError with sizes, RequestError for a wrong argument.
         """
-        wanted = Pair(*(_dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype, dtype))))
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+        for name, given in (("dtype", dtypes), ("revisions", revisions)):
+            if len(given) != 2:
+                raise RequestError(f"{name}: found {len(given)}, expected one for each of the two models")
+        wanted = Pair(*map(_dtype, dtypes))
         config = engine_config(engine)
         _check_device(device)
         paths, pins = Pair(small, large), Pair(*revisions)
@@ -145,7 +149,7 @@ class SplitDecoder:
 
     @classmethod
     def demo(cls, *, small: str = "small", **options: Any) -> SplitDecoder:
-        """The embedded pair: two models trained on step-by-step arithmetic, 24 k and 808 k parameters.
+        """The embedded pair: two models trained on step-by-step arithmetic, 98 k and 835 k parameters.
 
         small: "small" (writes the tags) or "small-base" (before it was taught to). Options as in from_pretrained().
         """
@@ -189,10 +193,12 @@ class SplitDecoder:
         if len(policies) != len(wanted):
             raise RequestError(f"handoff: found {len(policies)} for {len(wanted)} prompts, expected one each")
         made = [self._request(*one) for one in zip(wanted, others, params, policies, strict=True)]
-        ids = [self._queue(choices, None) for choices in made]
+        ids: list[str] = []
         try:
+            for choices in made:
+                ids.append(self._queue(choices, None))
             self._run(ids, use_tqdm)
-            return [self._collect(i, p) for i, p in zip(ids, wanted, strict=True)]
+            return [gathered(i, p, self._requests[i]) for i, p in zip(ids, wanted, strict=True)]
         finally:
             for request_id in ids:
                 self.abort(request_id)
@@ -300,11 +306,8 @@ class SplitDecoder:
 
     @property
     def default_sampling_params(self) -> SamplingParams:
-        """What the small checkpoint's generation_config.json says."""
-        known = {k: self._defaults[k] for k in ("temperature", "top_p", "top_k", "min_p") if k in self._defaults}
-        if self._defaults.get("do_sample") is False:
-            known = {"temperature": 0.0}
-        return SamplingParams(**known)
+        """What the small checkpoint's generation_config.json says; max_new_tokens is max_tokens."""
+        return default_params(self._defaults)
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, number: int) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
@@ -326,7 +329,7 @@ class SplitDecoder:
         return self.requests.choices(prompt, other, params, handoff, streams=streams)
 
     def _queue(self, choices: list[Choice], request_id: str | None) -> str:
-        name = request_id or f"request-{next(self._numbers)}"
+        name = request_id or next(n for n in map("request-{}".format, self._numbers) if n not in self._requests)
         if name in self._requests:
             raise RequestError(f"request_id: {name!r} is in use")
         self._requests[name] = choices
@@ -364,9 +367,6 @@ class SplitDecoder:
         finally:
             self.abort(request_id)
             self._requests.pop(request_id, None)
-
-    def _collect(self, request_id: str, prompt: Prompt) -> RequestOutput:
-        return gathered(request_id, prompt, self._requests[request_id])
 
 
 def engine_config(options: Mapping[str, Any]) -> EngineConfig:

@@ -160,9 +160,9 @@ def tagged(problem: Problem) -> str:
 
 
 def boxed(text: str) -> int | None:
-    """The integer in the last \\boxed{}; None where there is no box, or no integer in the last one."""
+    """The integer in the last \\boxed{}; None where there is no box, or no integer (of up to 1,000 digits) in it."""
     found = _BOX.findall(text)
-    return int(found[-1]) if found and re.fullmatch(r"-?[0-9]+", found[-1]) else None
+    return int(found[-1]) if found and re.fullmatch(r"-?[0-9]{1,1000}", found[-1]) else None
 
 
 def _pairs(factors: Sequence[int]) -> list[tuple[int, int]]:

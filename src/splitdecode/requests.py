@@ -8,9 +8,10 @@ gathered, closing  answers as the caller gets them
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,21 @@ class Requests:
             if token >= min(self.vocab_limits):
                 raise RequestError(f"stop_token_ids, logit_bias: found id {token}, expected ids below "
                                    f"{min(self.vocab_limits)}, which both models know")  # fmt: skip
+            small, large = (known.token_bytes[token] for known in self.tokens.tokenizers)
+            if small != large:
+                raise RequestError(f"stop_token_ids, logit_bias: found id {token}, {small!r} to the small model and "
+                                   f"{large!r} to the large one, expected ids that mean the same to both")  # fmt: skip
+
+
+def default_params(said: Mapping[str, Any]) -> SamplingParams:
+    """What a generation_config.json says of sampling. max_new_tokens is max_tokens; do_sample false: greedy."""
+    drawn = () if said.get("do_sample") is False else ("temperature", "top_p", "top_k", "min_p")
+    known = {name: said[name] for name in (*drawn, "repetition_penalty") if name in said}
+    if not drawn:
+        known["temperature"] = 0.0
+    if "max_new_tokens" in said:
+        known["max_tokens"] = said["max_new_tokens"]
+    return SamplingParams(**known)
 
 
 class Growth:
@@ -83,7 +99,8 @@ class Growth:
     string or a whole character wait, as they do in a stream.
     """
 
-    def __init__(self, choice: Choice, tags: tuple[str, str]) -> None:
+    def __init__(self, choice: Choice, tags: tuple[str, ...]) -> None:
+        """tags: texts by the scheduler's numbers, Engine.tags."""
         self._choice, self._tags = choice, tags
         self._text = self._raw = ""
         self._ids: list[int] = []

@@ -13,6 +13,7 @@ from oracles.chat_server import ChatServer, completion, trace_in
 
 from splitdecode import cli
 from splitdecode.annotate.records import read_tagged
+from splitdecode.annotate.traces import family_traces
 
 RULES = ["annotate", "--family", "two-products", "--n", "4", "--by", "rules"]
 TINY = Path(cli.__file__).parent / "data" / "tiny-pair"
@@ -25,7 +26,7 @@ def lines(out: str) -> list[dict[str, Any]]:
 def test_rules_then_gap_then_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules, gap = tmp_path / "rules.jsonl", tmp_path / "gap.jsonl"
     assert cli.main([*RULES, "--out", str(rules)]) == 0
-    assert capsys.readouterr().out.startswith("4 traces annotated, 0 were already, 0 failed; 2.")
+    assert capsys.readouterr().out.startswith("4 traces annotated, 0 were already, 0 failed, 0 left out; 2.")
     assert cli.main([*RULES, "--out", str(rules), "--json"]) == 0
     (summary,) = lines(capsys.readouterr().out)
     assert (summary["annotated"], summary["already"], summary["traces"]) == (0, 4, 4)
@@ -62,15 +63,44 @@ def test_other_models_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_rules_on_other_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"id": f"t{i}", "prompt": "p", "trace": "thoughts"} for i in range(30)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["annotate", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--by", "rules"]) == 1
-    said = capsys.readouterr()
-    assert said.out.startswith("0 traces annotated, 0 were already, 20 failed")
-    err = said.err.splitlines()
-    assert err[0].startswith("splitdecode annotate: t0: found no line a*b=value")
-    assert err[10:] == [
-        "splitdecode annotate: 10 more failed",
-        "splitdecode annotate: stopped: 20 traces failed in a row; the same command goes on",
-    ]
+    for _ in range(2):  # they stay left out, and nothing stops
+        assert cli.main(["annotate", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--by", "rules"]) == 1
+        said = capsys.readouterr()
+        assert said.out.startswith("0 traces annotated, 0 were already, 0 failed, 30 left out")
+        err = said.err.splitlines()
+        assert err[0].startswith("splitdecode annotate: left out: t0: found no line a*b=value")
+        assert err[10:] == ["splitdecode annotate: 20 more left out"]
+    rows.append({"id": "t30", "prompt": "p", "trace": "21*50=1050"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["annotate", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--by", "rules"]) == 0
+    assert capsys.readouterr().out.startswith("1 traces annotated, 0 were already, 0 failed, 30 left out")
+
+
+def test_a_server_that_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes none of the first 22 traces; what it says of the others is not held up by them."""
+    out, refused = tmp_path / "out.jsonl", True
+    first = {trace.text for trace in family_traces("two-products", 22, 0)}
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if refused and trace_in(body) in first:
+            return 400, {}, "no"
+        return 200, {}, completion(json.dumps({"snippets": trace_in(body).splitlines()[2:9:3]}))
+
+    with ChatServer(answer) as server:
+        line = ["annotate", "--family", "two-products", "--n", "26", "--by", "endpoint", "--base-url", server.url]
+        line += ["--model", "m", "--concurrency", "1", "--out", str(out)]
+        assert cli.main(line) == 1
+        said = capsys.readouterr()
+        assert said.out.startswith("0 traces annotated, 0 were already, 20 failed, 0 left out")
+        assert said.err.splitlines()[-1] == (
+            "splitdecode annotate: stopped: 20 traces failed in a row: the same command goes on, those come last"
+        )
+        assert cli.main(line) == 1
+        assert capsys.readouterr().out.startswith("4 traces annotated, 0 were already, 22 failed")
+        refused = False
+        assert cli.main(line) == 0
+        assert capsys.readouterr().out.startswith("22 traces annotated, 4 were already, 0 failed")
+    assert len(list(read_tagged(out))) == 26
 
 
 def test_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +120,7 @@ def test_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (summary,) = lines(said.out)
     assert (summary["annotated"], len(summary["failed"])) == (3, 1)
     assert summary["cost"] == pytest.approx(3 * 0.003)
-    assert said.err == "splitdecode annotate: two-products-0-0: refused with 400 (no)\n"
+    assert said.err == "splitdecode annotate: failed: two-products-0-0: refused with 400 (no)\n"
     assert "very-secret" not in said.out + said.err + out.read_text()
     assert "Bearer very-secret" in server.headers[0] or "bearer very-secret" in server.headers[0].lower()
 

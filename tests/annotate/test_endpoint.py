@@ -17,7 +17,7 @@ from oracles.turned import TurnedClock
 
 from splitdecode.annotate.client import Client, EndpointError, Server, key_from
 from splitdecode.annotate.endpoint import EndpointAnnotator, Recipe
-from splitdecode.annotate.limits import Bucket
+from splitdecode.annotate.limits import Pace
 from splitdecode.annotate.records import Annotation, Failure
 from splitdecode.annotate.traces import Trace
 from splitdecode.errors import MissingExtraError, RequestError
@@ -63,55 +63,57 @@ async def ask(make: Callable[[Server], Client], server: Server = SERVER, times: 
 # ---- limits
 
 
-def test_a_bucket_keeps_its_rate() -> None:
+@pytest.mark.parametrize("idle", [0.0, 100.0])
+def test_no_minute_holds_more_than_its_rate(idle: float) -> None:
+    """Neither the first one, nor one behind a rest: nothing is saved up."""
     clock = TurnedClock()
 
     async def crowd() -> list[float]:
-        bucket = Bucket(60, clock)
+        pace = Pace(60, clock)
         seen: list[float] = []
 
         async def one() -> None:
-            await bucket.take()
+            await pace.take()
             seen.append(clock.now())
 
-        await asyncio.gather(*(one() for _ in range(66)))
+        await one()
+        await clock.sleep(idle)
+        await asyncio.gather(*(one() for _ in range(130)))
         return seen
 
     seen = asyncio.run(crowd())
-    assert seen[:6] == [0.0] * 6  # six seconds' worth at once
-    assert seen[6:] == pytest.approx(list(range(1, 61)))
+    assert max(sum(start <= at < start + 60 - 1e-6 for at in seen) for start in seen) == 60
+    assert seen[1:] == pytest.approx([max(idle, 1.0) + k for k in range(130)])
 
 
-def test_a_bucket_with_large_amounts_and_corrections() -> None:
+def test_a_pace_with_large_amounts_and_corrections() -> None:
     clock = TurnedClock()
 
     async def by_turns() -> None:
-        bucket = Bucket(600, clock, burst=6)  # 10 a second, 60 at once
-        await bucket.take(100)  # more than a burst: passes, and leaves a debt of 40
+        pace = Pace(600, clock)  # 10 a second
+        await pace.take(100)
         assert clock.now() == 0
-        await bucket.take(10)
-        assert clock.now() == pytest.approx(5)
-        bucket.settle(10, 60)  # it was 50 more
-        await bucket.take(10)
-        assert clock.now() == pytest.approx(11)
-        bucket.settle(10, 0)
-        await bucket.take(10)
-        assert clock.now() == pytest.approx(11)
-        free = Bucket(None, clock)
+        await pace.take(10)
+        assert clock.now() == pytest.approx(10)
+        pace.settle(10, 60)  # it was 50 more
+        await pace.take(20)
+        assert clock.now() == pytest.approx(16)
+        pace.settle(20, 0)
+        await pace.take(10)
+        assert clock.now() == pytest.approx(16)
+        free = Pace(None, clock)
         await free.take(1e9)
-        assert clock.now() == pytest.approx(11)
+        assert clock.now() == pytest.approx(16)
 
     asyncio.run(by_turns())
 
 
 def test_tokens_are_settled_by_usage() -> None:
     clock = TurnedClock()
-    server = Server(
-        "http://x/v1", "m", tokens_per_minute=6000
-    )  # 100 a second, 600 at once; a request is guessed at 100
+    server = Server("http://x/v1", "m", tokens_per_minute=6000)  # 100 a second; a request is guessed at 100
     make, _ = asking(completion("x", 500, 100), clock=clock)
     asyncio.run(ask(make, server, times=3))
-    assert clock.now() == pytest.approx(1 + 6)  # 600, then 1 s for 100, which becomes 600, then 5 + 1 s
+    assert clock.now() == pytest.approx(6 + 6)
 
 
 # ---- one request
@@ -137,6 +139,10 @@ NOT_YET = {
     "no completion": {"object": "error"},
     "no choice": {"choices": []},
     "odd usage": {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}},
+    "endless usage": (200, {}, '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}'),
+    "huge usage": {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 10**400}},
+    "usage below 0": {"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": -5}},
+    "deep": (200, {}, '{"choices": ' + "[" * 100_000),
     "timeout": httpx.ReadTimeout("too slow"),
     "lost": httpx.ConnectError("gone"),
 }
@@ -194,6 +200,15 @@ def test_keys_and_urls(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(ask(Client))
 
 
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 0001 00:00:00 +2359", "Mon, 99 Jan 2026 00:00:00", "Mon"])
+def test_a_date_that_is_none_is_no_wait(date: str) -> None:
+    clock = TurnedClock()
+    make, _ = asking((429, {"Retry-After": date}, ""), completion("x"), clock=clock)
+    asyncio.run(ask(make))
+    assert len(clock.slept) == 1
+    assert clock.slept[0] <= 1
+
+
 # ---- one trace
 
 
@@ -246,6 +261,15 @@ def test_a_trace_of_which_nothing_was_found_failed() -> None:
     assert found == Failure(TRACE, "no snippet found in the trace in 3 attempts", 300 / 1e6)
     found, _ = annotated((400, {}, "too long"))
     assert found == Failure(TRACE, "refused with 400 (too long)", 0.0)
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 7}])
+def test_what_cannot_be_counted_has_no_price(usage: Any) -> None:
+    reply = {**said(*QUOTES), "usage": usage}
+    with pytest.raises(RequestError, match="--price-in and --price-out: found an answer without usage, expected one"):
+        annotated(reply, prices=(0.0, 1.0))
+    found, _ = annotated(reply)
+    assert passages(found) == QUOTES
 
 
 def test_the_cap() -> None:

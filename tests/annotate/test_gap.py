@@ -137,8 +137,10 @@ def test_traces_are_refused_by_name(decoder: SplitDecoder, monkeypatch: pytest.M
     found = {one.trace.id: one for one in annotator.annotate([bad[0], TRACES[0], bad[1], TRACES[1]])}
     long, odd = found["long"], found["odd"]
     assert isinstance(long, Failure)
+    assert long.left_out
     assert re.match(r"found 10000\d tokens with its prompt, expected at most \d+, the positions of", long.reason)
     assert isinstance(odd, Failure)
+    assert odd.left_out
     assert all(isinstance(found[trace.id], Annotation) for trace in TRACES[:2])
     assert all(isinstance(one, Failure) for one in annotator.annotate(bad))  # a batch of nothing else
     with pytest.raises(RequestError, match="no chat template"):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitdecode import cli
 from splitdecode.annotate import report
 from splitdecode.annotate.records import Tagged, read_tagged
 from splitdecode.annotate.spans import normalise, tag
@@ -132,6 +133,20 @@ def test_files_are_checked(row: dict[str, object], message: str, tmp_path: Path)
     (tmp_path / "f.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(RequestError, match=message):
         list(read_tagged(tmp_path / "f.jsonl"))
+
+
+def test_the_last_line_needs_no_end_but_must_be_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, rows = tmp_path / "f.jsonl", [json.dumps({"id": name, "tagged": "abc\u2028def"}) for name in "ab"]
+    file.write_text("\n\n".join(rows))
+    assert [trace.id for trace in read_tagged(file)] == ["a", "b"]
+    for torn in (rows[1][:-1], rows[1][:5]):
+        file.write_text(f"{rows[0]}\n{torn}")
+        assert [trace.id for trace in read_tagged(file)] == ["a"]
+    lines = [{"id": name, "digest": "", "reason": "x", "cost": 0.0, "left_out": out} for name, out in
+             (("c", True), ("d", False), ("c", True))]  # fmt: skip
+    (tmp_path / "f.jsonl.failed").write_text("\n".join(map(json.dumps, lines)) + '\n{"id"')
+    assert cli.main(["annotate-report", str(file)]) == 0
+    assert "Traces that were left out: 1." in capsys.readouterr().out
 
 
 def test_a_file_of_another_make_is_read(tmp_path: Path) -> None:

@@ -30,18 +30,21 @@ TRACES = list(family_traces("two-products", 12, 1))
 
 
 class Scripted:
-    """Marks the first word; fails where `failing` says so; notes which traces it took."""
+    """Marks the first word; fails where `failing` says so, by order or by id; notes which traces it took. What is in
+    `hopeless` it leaves out."""
 
     settings: Mapping[str, Any] = {"annotator": "scripted", "ends": (1, 2)}
 
-    def __init__(self, failing: Iterable[int] = (), cost: float = 0.0) -> None:
-        self.failing, self.cost = set(failing), cost
+    def __init__(self, failing: Iterable[int | str] = (), cost: float = 0.0, hopeless: Iterable[str] = ()) -> None:
+        self.failing, self.cost, self.hopeless = set(failing), cost, set(hopeless)
         self.took: list[str] = []
 
     def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation | Failure]:
         for number, trace in enumerate(traces):
             self.took.append(trace.id)
-            if number in self.failing:
+            if trace.id in self.hopeless:
+                yield Failure(trace, "too long", self.cost, left_out=True)
+            elif number in self.failing or trace.id in self.failing:
                 yield Failure(trace, "no luck", self.cost)
             else:
                 yield Annotation(trace, [(0, 7)], {"cost": self.cost}, self.cost)
@@ -88,12 +91,12 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     cuts = {0, 1, ends[0], ends[0] - 1, ends[3] + 1, len(whole) - 1, *rng.sample(range(len(whole)), 20)}
     for cut in sorted(cuts):
         out.write_bytes(whole[:cut])
-        done = sum(end <= cut for end in ends)
+        done = sum(end - 1 <= cut for end in ends)  # a line that lacks nothing but its end is whole
         assert len(ids(out)) == done  # a reader does not trip over it
         again = Scripted()
         summary = run.annotate(TRACES, again, out)
         assert (summary.already, summary.annotated) == (done, 12 - done)
-        assert summary.cut_bytes == cut - ([0, *ends][done])
+        assert summary.cut_bytes == max(0, cut - [0, *ends][done])
         assert again.took == [trace.id for trace in TRACES[done:]]
         assert out.read_bytes() == whole
 
@@ -119,7 +122,7 @@ def test_other_settings_and_other_traces_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("nonsense", "line 4: found no JSON"), ("[]", "line 4: expected an annotated trace"), ("first", "again")],
+    [("nonsense", "line 4: found no JSON"), ("[]", "line 4: found list, expected an object"), ("first", "again")],
 )
 def test_a_whole_line_that_is_wrong_is_not_thrown_away(line: str, message: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
@@ -166,28 +169,110 @@ def test_progress_and_cost_are_shown_on_a_terminal(
     run.annotate(TRACES, Scripted(cost=0.25), tmp_path / "out.jsonl", total=12)
     err = capsys.readouterr().err
     assert "12/12" in err
-    assert "$3.0000" in err  # of the file: eleven before, one now
+    assert "$3.2500" in err  # of the file: eleven and a failure before, one now
 
 
 def test_it_stops_where_the_money_ends(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     summary = run.annotate(TRACES, Scripted(cost=0.25), out, max_cost=1.0)
     assert (summary.annotated, summary.cost) == (4, 1.0)
-    assert summary.stopped == "spent $1.0000, the limit is $1"
+    assert summary.stopped == "spent $1.0000, the limit is $1: a higher one goes on"
     again = run.annotate(TRACES, Scripted(cost=0.25), out, max_cost=1.5)  # of the file, not of the run
     assert (again.already, again.annotated, again.cost) == (4, 2, 0.5)
 
 
-def test_it_stops_when_everything_fails(tmp_path: Path) -> None:
-    many = list(family_traces("two-products", 50, 2))
-    summary = run.annotate(many, Scripted(failing=range(5, 50)), tmp_path / "out.jsonl")
-    assert (summary.annotated, len(summary.failed)) == (5, run.FAILURES_IN_A_ROW)
-    assert summary.stopped == "20 traces failed in a row"
+def test_what_failed_is_paid_for_good(tmp_path: Path) -> None:
+    """Three runs under one limit: what failed in the first two was paid, and does not become free by a new start."""
+    out = tmp_path / "out.jsonl"
+    first = run.annotate(TRACES[:4], Scripted(failing=range(4), cost=0.25), out, max_cost=2.0)
+    assert (first.cost, first.stopped) == (1.0, "")
+    with (tmp_path / "out.jsonl.failed").open("ab") as file:
+        file.write(b'{"id": "torn", "cost": 100')  # as a kill leaves it: it was never reported
+    second = run.annotate(TRACES, Scripted(failing=[0, 1], cost=0.25), out, max_cost=2.0)
+    assert (second.annotated, len(second.failed), second.cost) == (2, 2, 1.0)
+    assert second.stopped.startswith("spent $2.0000, the limit is $2")
+    third = run.annotate(TRACES, Scripted(cost=0.25), out, max_cost=2.0)
+    assert (third.already, third.annotated, third.cost) == (2, 0, 0.0)
+    assert third.stopped.startswith("spent $2.0000, the limit is $2")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl.failed").read_text().splitlines()]
+    assert [(row["reason"], row["cost"], row["left_out"]) for row in rows] == [("no luck", 0.25, False)] * 6
+    assert sorted(ids(out)) == sorted(trace.id for trace in TRACES[6:8])
 
 
-def test_rules_refuse_other_traces() -> None:
+def test_it_stops_when_everything_fails_and_goes_on_with_the_others(tmp_path: Path) -> None:
+    many, out = list(family_traces("two-products", 50, 2)), tmp_path / "out.jsonl"
+    names = [trace.id for trace in many]
+    failing = names[5:30]
+    first = run.annotate(many, Scripted(failing=failing), out)
+    assert (first.annotated, len(first.failed)) == (5, run.FAILURES_IN_A_ROW)
+    assert first.stopped == "20 traces failed in a row: the same command goes on, those come last"
+    second = Scripted(failing=failing)
+    summary = run.annotate(many, second, out)
+    assert second.took == [*names[25:50], *names[5:25]]  # what never was tried, then what failed
+    assert (summary.already, summary.annotated, len(summary.failed)) == (5, 20, 25)
+    third = Scripted(failing=failing)
+    assert run.annotate(many, third, out).stopped.startswith("20 traces failed in a row")
+    assert third.took == [*names[25:30], *names[5:20]]  # what failed least often comes first
+    fourth = Scripted()
+    assert run.annotate(many, fourth, out).annotated == 25
+    assert fourth.took == [*names[20:30], *names[5:20]]
+    assert sorted(ids(out)) == sorted(names)
+
+
+def test_what_never_can_be_is_left_out(tmp_path: Path) -> None:
+    many, out = list(family_traces("two-products", 40, 2)), tmp_path / "out.jsonl"
+    hopeless = [trace.id for trace in many[5:35]]
+    summary = run.annotate(many, Scripted(hopeless=hopeless), out)
+    assert (summary.annotated, summary.failed, summary.stopped) == (10, [], "")
+    assert summary.left_out == [f"{name}: too long" for name in hopeless]
+    again = Scripted(hopeless=hopeless)
+    summary = run.annotate(many, again, out)
+    assert (again.took, summary.already, len(summary.left_out)) == ([], 10, 30)
+    changed = Trace(hopeless[0], "p", "other text")  # another trace under the same id is tried
+    assert run.annotate([changed], again, out).left_out == [f"{changed.id}: too long"]
+    assert again.took == [changed.id]
+
+
+def test_failures_under_other_settings_say_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    first = Scripted(hopeless=[TRACES[0].id], cost=0.25)
+    first.settings = {"annotator": "other"}
+    assert run.annotate(TRACES[:1], first, out).left_out
+    second = Scripted(cost=0.25)
+    summary = run.annotate(TRACES, second, out, max_cost=0.5)
+    assert (second.took, summary.annotated, summary.left_out) == ([TRACES[0].id], 1, [])
+    assert summary.stopped.startswith("spent $0.5000")
+
+
+def test_failures_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.failed").write_text('{"id": 3}\n')
+    with pytest.raises(RequestError, match=r"out.jsonl.failed line 1: expected the record of a failure"):
+        run.annotate(TRACES, Scripted(), tmp_path / "out.jsonl")
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += run.SECONDS / 4
+        return now
+
+    monkeypatch.setattr(run.time, "monotonic", clock)
+    run.annotate(TRACES, Scripted(failing=[2], cost=0.25), tmp_path / "out.jsonl", total=12)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"splitdecode annotate: {done} of 12 traces" for done in (4, 8, 12)
+    ]
+    assert lines[0].endswith(", $1.0000, 1 failed")
+
+
+def test_rules_leave_other_traces_out() -> None:
     (found,) = RuleAnnotator().annotate([Trace("x", "p", "Some thoughts.")])
     assert isinstance(found, Failure)
+    assert found.left_out
     assert found.reason.startswith("found no line a*b=value")
 
 
@@ -235,7 +320,7 @@ def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> Non
         process = start(out)
         said, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, b"")
-        assert f"{number - (len(server.asked) - asked_before)} were already, 0 failed".encode() in said
+        assert f"{number - (len(server.asked) - asked_before)} were already, 0 failed, 0 left out".encode() in said
         whole = tmp_path / "whole.jsonl"
         server.delay = 0.0
         assert cli.main(["annotate", str(source), "--out", str(whole), *flags]) == 0

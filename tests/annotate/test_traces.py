@@ -62,7 +62,7 @@ def test_mistakes_are_named(case: str, tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "\xff", "trace": "t"}\n')
-    with pytest.raises(RequestError, match=r"x.jsonl line 1: found no JSON"):
+    with pytest.raises(RequestError, match=r"x.jsonl line 1: found bytes that are not UTF-8"):
         list(read_traces(tmp_path / "x.jsonl"))
     with pytest.raises(RequestError, match="nowhere: found no such file"):
         list(read_traces(tmp_path / "nowhere"))

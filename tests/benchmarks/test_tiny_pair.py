@@ -14,11 +14,27 @@ import tiny_pair
 import tiny_report
 import torch
 
+from splitdecode.evaluate.claims import shipped_results
 from splitdecode.families import FAMILIES, part_of
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.train.scratch import Shape, write_scratch
 
 POLICIES = "small-base,large,split,random-base"
+
+
+def test_the_pair_that_comes_with_the_package_does_what_it_is_for() -> None:
+    (document,) = shipped_results()
+    rows = [row for row in document["rows"] if row["task"] == tiny_report.FAMILY]
+    assert min(row["n"] for row in rows) >= 500
+    found = tiny_report.targets(document)
+    assert len(found) == 5
+    assert [one for one in found if not one.met] == []
+
+
+def test_the_pair_that_comes_with_the_package_is_small() -> None:
+    files = [file for file in tiny_pair.INSTALLED.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"model.safetensors", "tokenizer.json"}
+    assert sum(file.stat().st_size for file in files) <= 8e6
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +159,28 @@ def test_stages_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: py
     assert done[2:] == ["traces", "sft", "tuned", "small", "eval"]
     assert tiny_pair.make(tmp_path) == found
     assert sorted(found) == sorted(done)
+
+
+def test_what_another_recipe_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def stage(work: Path, name: str) -> None:
+        assert not (work / name).exists(), "nothing of the other recipe is left"
+        (work / name).mkdir()
+        done.append(name)
+
+    monkeypatch.setattr(tiny_pair, "make_small", lambda work: stage(work, "small"))
+    monkeypatch.setattr(tiny_pair, "run", stage)
+    tiny_pair.make(tmp_path)
+    done.clear()
+    monkeypatch.setitem(tiny_pair.COMMANDS, "sft", tiny_pair.COMMANDS["sft"] + " --epochs 1")
+    tiny_pair.make(tmp_path)
+    assert done == ["sft", "tuned", "small", "eval"]
+    done.clear()
+    longer = dataclasses.replace(tiny_base.RECIPES["large"], seed=7)
+    monkeypatch.setitem(tiny_pair.RECIPES, "large", longer)
+    tiny_pair.make(tmp_path)
+    assert done == ["large", "tuned", "small", "eval"]
 
 
 def test_wall_is_of_the_longer_lane() -> None:

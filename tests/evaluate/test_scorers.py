@@ -39,6 +39,23 @@ def test_cases(text: str, gold: str, integer: bool, math: bool, aime: bool) -> N
     assert (score_integer(text, gold), score_math(text, gold), score_aime(text, gold)) == (integer, math, aime)
 
 
+ONES = "1" * 5000  # more digits than int() takes
+
+
+@pytest.mark.parametrize(
+    ("box", "gold", "right"),
+    [(ONES, "5", False), (ONES, ONES, True), (f"-000{ONES}", f"-{ONES}", True), (f"-{ONES}", ONES, False),
+     ("-0", "000", True), ("1,000", "1000", True), ("5", ONES, False), ("-", "0", False)],
+)  # fmt: skip
+def test_integers_of_any_length(box: str, gold: str, right: bool) -> None:
+    assert score_integer(f"\\boxed{{{box}}}", gold) is right
+
+
+def test_a_long_box_ends_no_evaluation() -> None:
+    pytest.importorskip("math_verify")
+    assert score_aime(f"\\boxed{{{ONES}}}", "5") is score_math(f"\\boxed{{{ONES}}}", "5") is False
+
+
 @pytest.mark.parametrize(
     ("text", "box"),
     [

@@ -59,6 +59,25 @@ def test_lines_of_questions(tmp_path: Path) -> None:
     assert file_task("mine", file, how="integer").score("\\boxed{012}", "12")
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\r"])
+def test_a_line_ends_with_a_newline_alone(odd: str, tmp_path: Path) -> None:
+    raw = odd if odd > "\x1f" else json.dumps(odd)[1:-1]  # below, a string may hold it only escaped
+    file = written(
+        tmp_path, f'{{"question": "One{raw}two?", "answer": "2"}}\r', "\ufeff" + '{"question": "3?", "answer": 3}'
+    )
+    first, second = file_task("mine", file, how="integer").items
+    assert (first.prompt, second.prompt, second.id) == (f"One{odd}two?", "3?", "mine/2")
+
+
+def test_a_local_file_of_a_set_of_the_hub(tmp_path: Path) -> None:
+    """AIME 2024 has its fields in capitals."""
+    row = {"ID": "2024-II-4", "Problem": "Let x be?", "Solution": "Because.", "Answer": 33}
+    (item,) = file_task("aime24", written(tmp_path, row), how="integer").items
+    assert (item.id, item.prompt, item.answer, item.reference) == ("2024-II-4", "Let x be?", "33", None)
+    (item,) = file_task("mine", written(tmp_path, {**row, "answer": "34"}), how="integer").items
+    assert item.answer == "34"  # the very name comes first
+
+
 def test_gsm8k(tmp_path: Path) -> None:
     pytest.importorskip("math_verify")
     assert gsm8k_gold("Two and two #### are four.\n#### 1,234 ") == "1234"
@@ -72,8 +91,8 @@ def test_gsm8k(tmp_path: Path) -> None:
 
 LABELS = "'trace' .text. and 'hard'"
 BAD = {
-    "not JSON": ("{", "questions.jsonl:1: not JSON"),
-    "no object": ("[1]", "questions.jsonl:1: found list, expected a JSON object"),
+    "not JSON": ("{", "--data mine: questions.jsonl line 1: found no JSON"),
+    "no object": ("[1]", "questions.jsonl line 1: found list, expected an object"),
     "no answer": ({"question": "?"}, "found 'question', expected 'question' .or 'problem'. and 'answer'"),
     "nothing": ({}, "found no fields"),
     "no text": ({"question": 1, "answer": "1"}, "expected 'question'"),

@@ -308,6 +308,16 @@ HARM = {
     "format_map": "{{ '{a:>300000000}'.format_map({'a': 1}) }}",
     "% width": "{{ '%300000000d' % 1 }}",
     "% width, given": "{{ '%*d' % (300000000, 1) }}",
+    "% width, key": "{{ ('%(a(b))300000000s' % {'a(b)': 'x'}) | length }}",
+    "% width, behind %%": "{{ ('%5%%300000000s' % 'x') | length }}",
+    "% precision": "{{ '%.300000000f' % 1 }}",
+    "format width, key": "{{ '{0[a}b]:300000000}'.format({'a}b': 'x'}) }}",
+    "format, kept": "{% set s = 'A' * 1000000 %}{{ ([s.format] * 20) | string | length }}{{ [s] * 20 }}",
+    "views": "{% set s = 'A' * 1000000 %}{{ ({'k': [s] * 20}.values() | string) | length }}",
+    "views, %": "{% set s = 'A' * 1000000 %}{{ ('%s' % ({'k': [s] * 20}.items(),)) | length }}",
+    "namespaces": "{% set s = 'A' * 1000000 %}{% set n = namespace(k=[s] * 20) %}{{ (n | string) | length }}",
+    "slices": "{% set s = 'A' * 4000000 %}{% set n = namespace(l=[]) %}"
+    "{% for i in range(40) %}{% set n.l = n.l + [s[1:]] %}{% endfor %}",
     "|center": "{{ 'x' | center(300000000) }}",
     "|center, mapped": "{{ ['x'] | map('center', 300000000) | list }}",
     "|indent": "{{ 'x\ny' | indent(300000000) }}",
@@ -335,6 +345,11 @@ def test_harm_is_stopped_soon(name: str) -> None:
     with pytest.raises((CheckpointError, RequestError), match=r"there/chat_template\.jinja: chat template: "):
         template(HARM[name]).render(CHATS[0])
     assert time.process_time() - started < 5
+
+
+def test_what_looks_like_a_width_and_is_none() -> None:
+    source = "{{ '%% 2026 %s' % 1 }} {{ '2026 {}'.format(2) }} {{ '%(2026)d' % {'2026': 3} }} {{ '{{2026}}'.format() }}"
+    assert template(source + "{{ 'abc'[1:] }}{{ [1, 2][:1] }}").render(CHATS[0]) == "% 2026 1 2026 2 3 {2026}bc[1]"
 
 
 def test_long_conversations_are_no_harm() -> None:

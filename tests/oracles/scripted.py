@@ -11,6 +11,7 @@ from oracles.tiny import PIECES, WHOLE, ToyTokenizer
 from torch import Tensor
 
 from splitdecode import ControlAction, EngineConfig, RequestOutput, SamplingParams, SplitDecoder
+from splitdecode.requests import gathered
 from splitdecode.split.roles import Pair, Role
 
 NEVER = -60.0
@@ -103,7 +104,7 @@ class Stage:
                 scheduler, handle = self.decoder.engine.scheduler, made[0].sequence.handle  # type: ignore[union-attr]
                 lanes = [scheduler.lane_ids(handle, role)[3:].tolist() for role in Role]
                 self.lanes.append((lanes[0], lanes[1]))
-        return self.decoder._collect(name, self.prompt)
+        return gathered(name, self.prompt, self.decoder._requests[name])
 
 
 class Recorder:

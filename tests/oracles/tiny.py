@@ -31,7 +31,7 @@ class ToyTokenizer:
         self.token_bytes = [piece.encode() for piece in pieces] + [b"\xc3", b"\xa9"]
         self.special_ids = frozenset(special)
         self.size = len(self.token_bytes)
-        self.eos_id = 0
+        self.eos_id, self.bos_id = 0, None
         self._added = {piece: i for i, piece in enumerate(pieces) if piece in WHOLE or i in special}
 
     def id_of(self, content: str) -> int | None:

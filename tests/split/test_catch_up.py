@@ -9,6 +9,8 @@ import pytest
 import torch
 from oracles.scripted import Stage, ids
 
+from splitdecode import SamplingParams, SplitDecoder
+from splitdecode.families import problems
 from splitdecode.runtime.runner import LIKELY, foretold, rows_foretold
 
 OPEN = ("<", "big", "model", ">")
@@ -75,3 +77,14 @@ def test_rows_foretold_are_those_of_the_sums(watched: list[int]) -> None:
     assert torch.equal(found, foretold(logits, torch.tensor(watched)))
     assert found.any()
     assert rows_foretold(logits[:0], torch.tensor(watched)) == []
+
+
+@pytest.mark.parametrize("catch_up", ["eager", "adaptive", "lazy"])
+def test_a_large_prompt_beyond_the_context_is_not_run(catch_up: str) -> None:
+    """It is refused where the large model is asked for, and nothing of it is read before."""
+    options: dict[str, Any] = {"catch_up": catch_up, "catch_up_chunk": 1, "weight_bound_tokens": 160}
+    task = problems(1, 3)[0]
+    with SplitDecoder.demo(**options) as decoder:
+        (output,) = decoder.generate(task.prompt, SamplingParams(temperature=0.0), large_prompt=task.prompt * 60)
+    assert output.metrics.rejected_openings > 0
+    assert output.metrics.large.forwards == 0

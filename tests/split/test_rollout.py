@@ -53,7 +53,7 @@ def test_a_trainer_sees_the_same_log_probabilities() -> None:
         theirs = score[len(rollout.prompt_token_ids) :]
         np.testing.assert_allclose(rollout.logprobs[rollout.sampled], theirs[rollout.sampled], atol=1e-4)
         assert np.isnan(rollout.logprobs[~rollout.sampled]).all()
-        # Tags are single added tokens here, so all the small model put into its lane it drew.
+        # Its tags are plain text that it draws token by token, so all the small model put into its lane it drew.
         assert (rollout.sampled == (rollout.authors != 0)).all()
         assert (rollout.authors == 0).sum() == output.metrics.large.tokens
         text = decoder.tokenizers.small.decode(rollout.ids, skip_special_tokens=False)

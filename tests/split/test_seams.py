@@ -23,7 +23,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from splitdecode import EngineConfig, SamplingParams, SplitDecoder
 from splitdecode.models.decoding import byte_of_character
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.prompts import prompt_ids
 from splitdecode.split.roles import Pair, Role
+from splitdecode.split.tokens import PairTokens
 
 OPEN, CLOSE = (tag.encode() for tag in TAGS)
 WORDS = [
@@ -83,10 +85,10 @@ CHARACTER = {byte: character for character, byte in byte_of_character().items()}
 
 
 @cache
-def byte_level(added: str = "", first: int = 0) -> Tokenizer:
+def byte_level(added: str = "", first: int = 0, special: tuple[str, ...] = (), bos: str = "") -> Tokenizer:
     """Byte-level BPE whose merges cross the edges of tags in dozens of ways; `added`: the tags are ids of their own.
 
-    first: which of WORDS; another number gives another tokenizer.
+    first: which of WORDS; another number gives another tokenizer. special: further special tokens, bos among them.
     """
     vocab = dict.fromkeys(CHARACTER.values())
     merges = []
@@ -102,7 +104,9 @@ def byte_level(added: str = "", first: int = 0) -> Tokenizer:
     built.add_special_tokens([AddedToken("<|eos|>", special=True, normalized=False)])
     if added:
         built.add_tokens([AddedToken(tag, special=added == "special", normalized=False) for tag in TAGS])
-    return Tokenizer(json.loads(built.to_str()), {"eos_token": "<|eos|>"}, False, "test")
+    built.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    named = {"eos_token": "<|eos|>", **({"bos_token": bos} if bos else {})}
+    return Tokenizer(json.loads(built.to_str()), named, False, "test")
 
 
 TOKENIZERS: dict[str, Any] = {
@@ -306,6 +310,33 @@ def test_the_vocabulary_holds_dozens_of_merged_edges() -> None:
     assert sum(token.endswith((b"<", b"</")) for token in table) > 25
     assert len(splits(table, OPEN)) > 200
     assert len(splits(table, CLOSE)) > 400
+
+
+def test_special_tokens_that_both_have_are_handed_over() -> None:
+    small, large = byte_level(special=("<|one|>", "<|note|>")), byte_level(first=9, special=("<|note|>",))
+    tokens = PairTokens(Pair(small, large))
+    assert not tokens.same
+    here, there, alone = small.id_of("<|note|>"), large.id_of("<|note|>"), small.id_of("<|one|>")
+    assert isinstance(here, int) and isinstance(there, int) and isinstance(alone, int)  # noqa: PT018
+    text = small.encode_bytes(b"ab")
+    assert tokens.project(Role.SMALL, [*text, here, here, *text, alone]) == [
+        *large.encode_bytes(b"ab"), there, there, *large.encode_bytes(b"ab<|one|>")
+    ]  # fmt: skip
+    half = large.encode_bytes("é".encode()[:1])
+    found = tokens.stretches(Role.LARGE, [there, *half, there, *large.encode_bytes(b"a")], final=False)
+    assert found == [(1, [here]), (1, small.encode_bytes("é".encode()[:1])), (1, [here]), (1, small.encode_bytes(b"a"))]
+
+
+def test_a_prompt_in_ids_begins_with_each_models_own_bos() -> None:
+    small = byte_level(special=("<s>", "<|note|>"), bos="<s>")
+    text, note = small.encode_bytes(b"ab"), small.id_of("<|note|>")
+    for large, lead in (
+        (byte_level(first=9, special=("<|note|>", "<bos>"), bos="<bos>"), ["<bos>"]),
+        (byte_level(first=9, special=("<|note|>",)), []),
+    ):
+        tokens = PairTokens(Pair(small, large))
+        pair = prompt_ids(tokens, [small.bos_id, note, *text], None, Pair(small.size, large.size))  # type: ignore[list-item]
+        assert pair[Role.LARGE] == [*map(large.id_of, [*lead, "<|note|>"]), *large.encode_bytes(b"ab")]
 
 
 def test_a_tag_inside_a_character_stands_before_it() -> None:

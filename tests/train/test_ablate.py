@@ -247,9 +247,10 @@ def test_traces_no_annotator_can_do_end_it_before_training(
     data.write_text('{"prompt": "1+1", "trace": "It is two.", "answer": 2}\n', "utf-8")
     asked.write_text('{"question": "1+1", "answer": 2}\n', "utf-8")
     files = ["--data", str(data), "--eval-data", str(asked), "--scorer", "integer"]
-    assert cli.main(words(pair, tmp_path / "grid", *files, "--sources", "rules", "--sft", SFT)) == 2
-    assert "--sources: rules: found 1 of 1 traces it cannot annotate" in capsys.readouterr().err
-    assert calls == {"run.annotate": 1}
+    for _ in range(2):  # also where it is known already
+        assert cli.main(words(pair, tmp_path / "grid", *files, "--sources", "rules", "--sft", SFT)) == 2
+        assert "--sources: rules: found 1 of 1 traces it cannot annotate" in capsys.readouterr().err
+    assert calls == {"run.annotate": 2}
 
 
 def test_levels_of_the_axes() -> None:

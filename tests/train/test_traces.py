@@ -103,8 +103,8 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read_traces(file) == [Trace("p", "a\u2028<bigmodel>b</bigmodel>")]
     for text, said in (
         ("", "found no traces"),
-        ("\n\n{", r"traces.jsonl:3: not JSON"),
-        ("[]", "found list, expected an object with the texts 'prompt' and 'tagged'"),
+        ("\n\n{", "--data: traces.jsonl line 3: found no JSON"),
+        ("[]", "found list, expected an object"),
         ('{"prompt": "p"}', "found 'prompt', expected an object"),
         ('{"prompt": "p", "tagged": 1}', "expected an object"),
         ('{"prompt": "p", "tagged": ""}', "found an empty text"),

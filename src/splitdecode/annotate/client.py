@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from splitdecode.annotate.limits import Bucket, Clock
+from splitdecode.annotate.limits import Clock, Pace
 from splitdecode.errors import MissingExtraError, RequestError, SplitDecodeError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HOPELESS = (401, 403, 404)
 CHARACTERS_PER_TOKEN = 3  # a guess, until the answer says how many they were
 LONGEST_WAIT = 60.0
+MOST_TOKENS = 1 << 40  # what counts more counts nothing
 
 
 class EndpointError(SplitDecodeError):
@@ -56,11 +57,12 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What was said, and the tokens the server counted (0 where it does not say)."""
+    """What was said, and the tokens the server counted; counted: it did (else they are 0)."""
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    counted: bool
 
 
 def key_from(variable: str | None) -> str:
@@ -94,8 +96,8 @@ class Client:
         self._httpx = load_httpx()
         self._server, self._clock = server, clock or Clock()
         self._random = random.Random()
-        self._calls = Bucket(server.requests_per_minute, self._clock)
-        self._tokens = Bucket(server.tokens_per_minute, self._clock)
+        self._calls = Pace(server.requests_per_minute, self._clock)
+        self._tokens = Pace(server.tokens_per_minute, self._clock)
         headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
         url = server.base_url.rstrip("/")
         if not url.startswith(("http://", "https://")):
@@ -155,10 +157,13 @@ class Client:
             found: dict[str, Any] = response.json()
             text = found["choices"][0]["message"]["content"]
             usage = found.get("usage") or {}
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
+            given = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            prompt, said = (int(count or 0) for count in given)
+            if not (0 <= prompt < MOST_TOKENS and 0 <= said < MOST_TOKENS):
+                raise ValueError(f"usage of {given} tokens")
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             return f"status 200, but no chat completion ({_short(response.text)})"
-        return Reply(text if isinstance(text, str) else "", *counts)
+        return Reply(text if isinstance(text, str) else "", prompt, said, None not in given)
 
     def _backoff(self, attempt: int) -> float:
         """Doubling, with jitter: those who failed together do not come back together."""
@@ -174,7 +179,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return min(600.0, max(0.0, seconds)) if seconds == seconds else None
 

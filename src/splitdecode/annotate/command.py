@@ -85,7 +85,7 @@ def _add_endpoint(group: argparse._ArgumentGroup) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the command. Exit code 1 when a trace failed, or not all were begun."""
+    """Runs the command. Exit code 1 when a trace failed, not all were begun, or none can be annotated."""
     source = _source(args)
     total = sum(1 for _ in source())  # every trace is checked before the first is paid for
     if not total:
@@ -96,15 +96,17 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**asdict(summary), "share": summary.share, "traces": total, "out": str(args.out)}))
     else:
-        print(f"{summary.annotated} traces annotated, {summary.already} were already, {len(summary.failed)} failed; "
-              f"{100 * summary.share:.2f} % inside spans, ${summary.cost:.4f}: {args.out}")  # fmt: skip
-    for line in summary.failed[:SHOWN]:
-        print(f"splitdecode annotate: {line}", file=sys.stderr)
-    if len(summary.failed) > SHOWN:
-        print(f"splitdecode annotate: {len(summary.failed) - SHOWN} more failed", file=sys.stderr)
+        print(f"{summary.annotated} traces annotated, {summary.already} were already, {len(summary.failed)} failed, "
+              f"{len(summary.left_out)} left out; {100 * summary.share:.2f} % inside spans, ${summary.cost:.4f}: "
+              f"{args.out}")  # fmt: skip
+    for what, lines in (("failed", summary.failed), ("left out", summary.left_out)):
+        for line in lines[:SHOWN]:
+            print(f"splitdecode annotate: {what}: {line}", file=sys.stderr)
+        if len(lines) > SHOWN:
+            print(f"splitdecode annotate: {len(lines) - SHOWN} more {what}", file=sys.stderr)
     if summary.stopped:
-        print(f"splitdecode annotate: stopped: {summary.stopped}; the same command goes on", file=sys.stderr)
-    return 1 if summary.failed or summary.stopped else 0
+        print(f"splitdecode annotate: stopped: {summary.stopped}", file=sys.stderr)
+    return 1 if summary.failed or summary.stopped or not summary.annotated + summary.already else 0
 
 
 def _source(args: argparse.Namespace) -> Callable[[], Iterator[Trace]]:

@@ -68,7 +68,8 @@ class EndpointAnnotator:
         client: Callable[[Server], Client] = Client,
     ) -> None:
         """concurrency: traces in work at once; prices: dollars per million prompt and completion tokens; client: makes
-        what asks, for tests. Raises RequestError for a concurrency below 1."""
+        what asks, for tests. Raises RequestError for a concurrency below 1; so does annotate() where there are prices
+        and the server counts no tokens."""
         if concurrency < 1:
             raise RequestError(f"--concurrency: found {concurrency}, expected at least 1")
         self._server, self._recipe, self._concurrency, self._prices = server, recipe or Recipe(), concurrency, prices
@@ -102,6 +103,9 @@ class EndpointAnnotator:
                 if not best:
                     return Failure(trace, str(error), self._cost(usage))
                 break
+            if not reply.counted and any(self._prices):
+                raise RequestError("--price-in and --price-out: found an answer without usage, expected one that says "
+                                   "how many tokens it cost: without prices this server can be asked")  # fmt: skip
             usage.requests += 1
             usage.prompt_tokens += reply.prompt_tokens
             usage.completion_tokens += reply.completion_tokens

@@ -72,7 +72,7 @@ class GapAnnotator:
         return {"annotator": "gap", **asdict(self._names), "chat": self._chat, **asdict(self._recipe)}
 
     def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation | Failure]:
-        """A trace with more tokens than a model has positions, or that a tokenizer cannot spell, is a Failure.
+        """A trace with more tokens than a model has positions, or that a tokenizer cannot spell, is left out.
 
         Raises RequestError where a chat template is wanted and there is none."""
         if self._chat:
@@ -84,7 +84,7 @@ class GapAnnotator:
                 try:
                     read.append((trace, Pair.of(partial(self._ids, trace))))
                 except RequestError as error:
-                    yield Failure(trace, str(error))
+                    yield Failure(trace, str(error), left_out=True)
             losses = Pair.of(partial(self._losses, [ids for _, ids in read]))
             for (trace, ids), *both in zip(read, *losses, strict=True):
                 yield self._found(trace, ids.map(lambda found: found[1]), Pair(*both))

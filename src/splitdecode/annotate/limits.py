@@ -1,4 +1,4 @@
-"""F7: how fast an endpoint may be asked: token buckets by a clock that tests can turn."""
+"""F7: how fast an endpoint may be asked: evenly, by a clock that tests can turn."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ class Clock:
         await asyncio.sleep(seconds)
 
 
-class Bucket:
-    """At most `per_minute` units a minute, evenly; a burst of up to `burst` seconds' worth. None: no limit.
+class Pace:
+    """At most `per_minute` units in any 60 seconds, evenly, nothing saved up: who takes an amount passes as soon as the
+    amounts before it are paid for, those who wait in their order. None: no limit.
 
-    Those who wait are served in their order. An amount larger than a burst passes once the bucket is full, and those
-    behind it wait for its debt.
+    Of unequal amounts, such as tokens, 60 seconds may hold more by as much as the last one.
     """
 
-    def __init__(self, per_minute: float | None, clock: Clock, *, burst: float = 6.0) -> None:
+    def __init__(self, per_minute: float | None, clock: Clock) -> None:
         self._rate = per_minute / 60 if per_minute else 0.0
-        self._most = max(1.0, self._rate * burst)
-        self._level, self._then = self._most, clock.now()
-        self._clock = clock
+        self._clock, self._free = clock, clock.now()
         self._turn = asyncio.Lock()
 
     async def take(self, amount: float = 1.0) -> None:
@@ -35,17 +33,11 @@ class Bucket:
         if not self._rate:
             return
         async with self._turn:
-            while (short := min(amount, self._most) - self._filled()) > 1e-9:
-                await self._clock.sleep(short / self._rate)
-            self._level -= amount
+            while (wait := self._free - self._clock.now()) > 1e-9:
+                await self._clock.sleep(wait)
+            self._free = max(self._free, self._clock.now()) + amount / self._rate
 
     def settle(self, taken: float, used: float) -> None:
         """Corrects what was taken by what was really used."""
         if self._rate:
-            self._level = min(self._most, self._filled() + taken - used)
-
-    def _filled(self) -> float:
-        now = self._clock.now()
-        self._level = min(self._most, self._level + (now - self._then) * self._rate)
-        self._then = now
-        return self._level
+            self._free += (used - taken) / self._rate

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from splitdecode.annotate.spans import Span, covered, parse, tag
 from splitdecode.annotate.traces import Trace
 from splitdecode.errors import RequestError
+from splitdecode.jsonl import read_object, whole_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,13 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A trace that could not be annotated this time. It is in no file; the next run tries it again."""
+    """A trace that could not be annotated. left_out: it never can be, by this annotator, and nothing is wrong with
+    anything else; otherwise another run tries it again."""
 
     trace: Trace
     reason: str
     cost: float = 0.0
+    left_out: bool = False
 
 
 class Annotator(Protocol):
@@ -79,38 +82,31 @@ def as_line(found: Annotation, settings: Mapping[str, Any]) -> bytes:
 
 def read_row(line: bytes, place: str) -> dict[str, Any]:
     """The object of one line. Raises RequestError naming the place."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{place}: found no JSON ({error}), expected an annotated trace") from None
-    if not (isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("tagged"), str)):
+    row = read_object(line, place)
+    if not (isinstance(row.get("id"), str) and isinstance(row.get("tagged"), str)):
         raise RequestError(f"{place}: expected an annotated trace, an object with 'id' and 'tagged'")
     return row
 
 
 def read_tagged(path: Path) -> Iterator[Tagged]:
-    """The annotated traces of a file; a last line without its end, as a killed writer leaves, is not one.
+    """The annotated traces of a file; a torn last line, as a killed writer leaves, is not one.
 
     Raises RequestError naming the line when tags do not pair up, spans are not where the tags are, or an id returns.
     """
     if not path.is_file():
         raise RequestError(f"{path}: found no such file, expected one written by `splitdecode annotate`")
     seen: set[str] = set()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
-            place = f"{path.name} line {number}"
-            row = read_row(line, place)
-            try:
-                text, spans = parse(row["tagged"])
-            except RequestError as error:
-                raise RequestError(f"{place}: {error}") from None
-            if "spans" in row and [list(span) for span in spans] != row["spans"]:
-                raise RequestError(f"{place}: found spans {row['spans']}, expected {spans}, where the tags are")
-            if not text:
-                raise RequestError(f"{place}: found an empty trace, expected text")
-            if row["id"] in seen:
-                raise RequestError(f"{place}: found id {row['id']!r} again, expected each id once")
-            seen.add(row["id"])
-            yield Tagged(row["id"], text, spans, row)
+    for line, place in whole_lines(path):
+        row = read_row(line, place)
+        try:
+            text, spans = parse(row["tagged"])
+        except RequestError as error:
+            raise RequestError(f"{place}: {error}") from None
+        if "spans" in row and [list(span) for span in spans] != row["spans"]:
+            raise RequestError(f"{place}: found spans {row['spans']}, expected {spans}, where the tags are")
+        if not text:
+            raise RequestError(f"{place}: found an empty trace, expected text")
+        if row["id"] in seen:
+            raise RequestError(f"{place}: found id {row['id']!r} again, expected each id once")
+        seen.add(row["id"])
+        yield Tagged(row["id"], text, spans, row)

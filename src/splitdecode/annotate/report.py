@@ -135,7 +135,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# Annotation of {stats['traces']} traces", ""]
     lines += [f"{100 * stats['share']:.2f} % of {stats['characters']} characters are inside spans; "
               f"{100 * stats['without_spans']:.1f} % of the traces have no span, "
-              f"{100 * stats['above_wanted_share']:.1f} % have more than {100 * WANTED:.0f} % inside.", ""]  # fmt: skip
+              f"{100 * stats['above_wanted_share']:.1f} % have more than {100 * WANTED:.0f} % inside. Traces that were "
+              f"left out: {report.get('left_out', 0)}.", ""]  # fmt: skip
     lines += ["| | mean | min | p10 | median | p90 | max |", "|---|---|---|---|---|---|---|"]
     rows = {"share_per_trace": "share of a trace, %", "spans_per_trace": "spans per trace",
             "span_characters": "characters per span", "span_tokens": "tokens per span",

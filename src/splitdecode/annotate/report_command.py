@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from splitdecode.annotate import report
+from splitdecode.annotate.output import left_out
 from splitdecode.annotate.records import read_tagged
 from splitdecode.errors import RequestError
 from splitdecode.models.tokenizer import Tokenizer
@@ -28,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    found = {"file": args.file.name, "statistics": report.statistics(read_tagged(args.file), _counter(args.tokenizer))}
+    found = {
+        "file": args.file.name,
+        "left_out": left_out(args.file),
+        "statistics": report.statistics(read_tagged(args.file), _counter(args.tokenizer)),
+    }
     if args.against is not None:
         found["against"] = args.against.name
         found["agreement"] = report.agreement(read_tagged(args.file), report.index(args.against))

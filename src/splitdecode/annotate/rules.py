@@ -17,11 +17,11 @@ class RuleAnnotator:
     settings: Mapping[str, Any] = {"annotator": "rules"}
 
     def annotate(self, traces: Iterable[Trace]) -> Iterator[Annotation | Failure]:
-        """A trace with no such line is a Failure."""
+        """A trace with no such line is left out."""
         for trace in traces:
             spans = normalise(trace.text, hard_ranges(trace.text), merge=1)
             if spans:
                 yield Annotation(trace, spans)
             else:
                 yield Failure(trace, "found no line a*b=value, expected a solution of a synthetic family; other traces "
-                                     "need --by endpoint or --by gap")  # fmt: skip
+                                     "need --by endpoint or --by gap", left_out=True)  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from splitdecode import families
 from splitdecode.errors import MissingExtraError, RequestError
+from splitdecode.jsonl import read_objects
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
 
 
@@ -65,18 +66,7 @@ def family_traces(family: str, number: int, seed: int) -> Iterator[Trace]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise RequestError(f"{path}: found no such file, expected JSON lines or a directory saved by datasets")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path.name} line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
-                raise RequestError(f"{place}: found no JSON ({error}), expected an object") from None
-            if not isinstance(row, dict):
-                raise RequestError(f"{place}: found {type(row).__name__}, expected an object")
-            yield place, row
+    yield from read_objects(path)
 
 
 def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

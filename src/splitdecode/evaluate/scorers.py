@@ -67,10 +67,14 @@ def scorer(name: str) -> Scorer:
     return SCORERS[name]
 
 
-def _integer(text: str) -> int | None:
-    """An integer written in digits, with or without commas between thousands and dollar signs around it."""
+def _integer(text: str) -> str | None:
+    """An integer written in digits, with or without commas between thousands and dollar signs around it: its digits,
+    behind "-" where it is below 0, without leading zeros. They may be too many for int()."""
     plain = text.strip().strip("$").replace("{,}", ",").strip()
-    return int(plain.replace(",", "")) if re.fullmatch(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)", plain) else None
+    if not re.fullmatch(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)", plain):
+        return None
+    digits = plain.replace(",", "").lstrip("-").lstrip("0")
+    return "-" * plain.startswith("-") + digits if digits else "0"
 
 
 def _same(box: str, gold: str) -> bool:

@@ -9,7 +9,6 @@ Only hub_task ever opens a connection.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +18,7 @@ from typing import Any
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.evaluate.scorers import Scorer, scorer
 from splitdecode.families import Ranges, hard_ranges, stream
+from splitdecode.jsonl import read_objects
 
 INSTRUCTION = "\n Put your final answer within \\boxed{}."  # as the published checkpoints were trained
 
@@ -104,17 +104,14 @@ def file_task(name: str, file: Path, number: int | None = None, how: str | None 
     """The first `number` questions (None: all) of a file of JSON lines.
 
     A line has "question" or "problem", and "answer": a string or a number (of gsm8k: what stands behind "####" where
-    that occurs). Optional: "id"; "trace" with "hard", [[start, stop], ...] in characters of the trace.
+    that occurs). Optional: "id"; "trace" with "hard", [[start, stop], ...] in characters of the trace. Names may be in
+    capitals, as in "Problem" and "ID".
     how: a scorer's name; None: that of the known data set `name`, else "math".
     Raises RequestError naming file and line, MissingExtraError where the scorer's package is absent.
     """
     known = HUB.get(name)
-    try:
-        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise RequestError(f"--data {name}: {file}: found no text to read ({reason})") from None
-    items = [_item(name, f"{file}:{n}", n, line) for n, line in islice(lines, number)]
+    rows = islice(read_objects(file, f"--data {name}"), number)
+    items = [_item(name, place, place.rpartition(" ")[2], row) for place, row in rows]
     if not items:
         raise RequestError(f"--data {name}: {file}: found no questions, expected one JSON object a line")
     score = scorer(how or (known.scorer if known else "math"))
@@ -142,34 +139,29 @@ def hub_task(name: str, number: int | None = None) -> Task:
     return Task(name, items, score, f"{hub.path}, {hub.split}", chat=True, sampling=REASONING)
 
 
-def _item(name: str, place: str, number: int, line: str) -> Item:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"--data {name}: {place}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise RequestError(f"--data {name}: {place}: found {type(row).__name__}, expected a JSON object")
-    question, answer = row.get("question", row.get("problem")), row.get("answer")
+def _item(name: str, place: str, number: str, row: Mapping[str, Any]) -> Item:
+    found = {**{field.lower(): value for field, value in row.items()}, **row}
+    question, answer = found.get("question", found.get("problem")), found.get("answer")
     if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
-        raise RequestError(f"--data {name}: {place}: found {', '.join(map(repr, row)) or 'no fields'}, expected "
-                           "'question' (or 'problem') and 'answer'")  # fmt: skip
+        raise RequestError(f"{place}: found {', '.join(map(repr, row)) or 'no fields'}, expected 'question' (or "
+                           "'problem') and 'answer'")  # fmt: skip
     gold = gsm8k_gold(str(answer)) if name == "gsm8k" and "####" in str(answer) else str(answer).strip()
-    reference, hard = _labels(name, place, row)
-    return Item(str(row.get("id", f"{name}/{number}")), question, gold, reference, hard)
+    reference, hard = _labels(place, found)
+    return Item(str(found.get("id", f"{name}/{number}")), question, gold, reference, hard)
 
 
-def _labels(name: str, place: str, row: Mapping[str, Any]) -> tuple[str | None, Ranges | None]:
+def _labels(place: str, row: Mapping[str, Any]) -> tuple[str | None, Ranges | None]:
     trace, hard = row.get("trace"), row.get("hard")
     if trace is None and hard is None:
         return None, None
     edge, ranges = 0, []
     expected = "'trace' (text) and 'hard' ([[start, stop], ...], ordered, disjoint, within it)"
     if not isinstance(trace, str) or not isinstance(hard, list):
-        raise RequestError(f"--data {name}: {place}: found one of them, or another type, expected {expected}")
+        raise RequestError(f"{place}: found one of them, or another type, expected {expected}")
     for pair in hard:
         good = isinstance(pair, list) and len(pair) == 2 and all(type(edge) is int for edge in pair)
         if not good or not edge <= pair[0] < pair[1] <= len(trace):
-            raise RequestError(f"--data {name}: {place}: hard: found {pair!r}, expected {expected}")
+            raise RequestError(f"{place}: hard: found {pair!r}, expected {expected}")
         edge = pair[1]
         ranges.append((pair[0], pair[1]))
     return trace, tuple(ranges)

@@ -65,7 +65,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download  # imported late: a local directory needs no network code
 
     patterns = ["config.json", "generation_config.json", "*.safetensors", "*.index.json"]
-    patterns += ["tokenizer*.json", "chat_template*", "*.jinja"]
+    patterns += ["tokenizer*.json", "special_tokens_map.json", "chat_template*", "*.jinja"]
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; all mean "no checkpoint under that name"

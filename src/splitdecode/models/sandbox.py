@@ -30,6 +30,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 
+from splitdecode.models.widths import parts_of, wide_format, wide_percent
+
 MAX_TEXT = 4 << 20  # characters of one string
 MAX_VOLUME = 64 << 20  # characters of all strings built in one rendering
 MAX_STEPS = 1_000_000  # of one rendering: a loop turn or a member of a range() is one step
@@ -64,9 +66,6 @@ _SHALLOW = frozenset(
     undefined
     """.split()  # noqa: SIM905
 )
-# A width or precision of four digits, or one that the arguments bring.
-_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-#0 +]*(\*|\d{4}|\d*\.(\*|\d{4}))")
-_WIDE_FORMAT = re.compile(r"\{[^{}]*(\d{4}|\{)")
 
 
 class Meter:
@@ -97,12 +96,12 @@ class Meter:
         """About how many characters `value` takes when written out."""
         if isinstance(value, str):
             return len(value)
-        if not isinstance(value, (list, tuple, dict)):
+        parts = parts_of(value)
+        if parts is None:
             return 32 if not isinstance(value, int) else value.bit_length() // 3 + 2
         if depth > 64:
             raise SecurityError("data nested more than 64 deep")
-        self.tick(len(value))
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        self.tick(len(parts))
         total = 0
         for part in parts:
             total += self.weight(part, depth + 1) + 8
@@ -112,7 +111,7 @@ class Meter:
 
     def light(self, value: Any) -> Any:
         """`value` itself, unless it is data whose walk (to compare, sort or print it) would not end soon."""
-        if isinstance(value, (list, tuple, dict)) and self.weight(value) > MAX_TEXT:
+        if parts_of(value) is not None and self.weight(value) > MAX_TEXT:
             raise SecurityError(f"data of more than {MAX_TEXT} characters")
         return value
 
@@ -153,6 +152,10 @@ class _Metered(NodeTransformer):
             operand.expr = self._filter(operand.expr, "_light")
         return node
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._filter(node, "_counted") if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+
     def visit_NSRef(self, node: nodes.NSRef) -> nodes.Node:
         if node.attr.startswith("_"):
             raise SecurityError(f"a namespace attribute {node.attr}")
@@ -178,6 +181,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         kept = {name: self._metered(name, self.filters[name]) for name in _FILTERS}
         own: dict[str, Callable[..., Any]] = {
+            "_counted": self._counted,
             "_light": lambda value: self.meter.light(value),
             "_looped": self._looped,
             "_joined": lambda parts: self._join("", parts),
@@ -267,10 +271,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(value, "__self__", None)
         if not isinstance(owner, str) or getattr(value, "__name__", "") not in ("format", "format_map"):
             return None
-        return functools.partial(self._format, owner)
+        return lambda *args, **kwargs: self._format(owner, *args, **kwargs)  # written out it is short, as a partial not
 
     def _format(self, text: str, /, *args: Any, **kwargs: Any) -> str:
-        if _WIDE_FORMAT.search(text.replace("{{", "")):
+        if wide_format(text):
             raise SecurityError("a width taken from the arguments, or of four digits, in str.format")
         self.meter.size(len(text) + text.count("{") * (self.meter.weight([*args, *kwargs.values()]) + 1000))
         return SandboxedFormatter(self).vformat(text, args, kwargs)
@@ -301,7 +305,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return parts if attribute is None else [self.getitem(part, attribute) for part in parts]
 
     def _percent(self, text: str, right: Any) -> str:
-        if _WIDE_PERCENT.search(text):
+        if wide_percent(text):
             raise SecurityError("a width taken from the arguments, or of four digits, in %")
         self.meter.size(len(text) + text.count("%") * (self.meter.weight(right) + 1000))
         formatted: str = text % right

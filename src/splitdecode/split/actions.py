@@ -87,7 +87,12 @@ class DraftLength(ControlAction):
 
 
 def check_actions(actions: Mapping[str, ControlAction], tags: tuple[str, str]) -> None:
-    """Raises RequestError naming a tag that is no text, holds or is held by another one, or has no ControlAction."""
+    """Raises RequestError naming a tag, one of the two or a further one, that is no text, holds or is held by another
+    one, or has no ControlAction."""
+    if not isinstance(tags, (tuple, list)) or len(tags) != 2 or not all(isinstance(t, str) and t for t in tags):
+        raise RequestError(f"tags: found {tags!r}, expected two texts that are not empty")
+    if tags[0] in tags[1] or tags[1] in tags[0]:
+        raise RequestError(f"tags: found {tags[0]!r} beside {tags[1]!r}, expected that neither holds the other")
     if not isinstance(actions, Mapping):
         raise RequestError(f"actions: found {type(actions).__name__}, expected a mapping of tags to ControlActions")
     if len(actions) > MOST:

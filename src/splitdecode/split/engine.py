@@ -26,7 +26,7 @@ from splitdecode.runtime.sampler import Counts
 from splitdecode.runtime.scoring import token_logprobs
 from splitdecode.split.actions import ControlAction
 from splitdecode.split.budget import Budgets
-from splitdecode.split.health import Health, Seen, paired, seam_jump
+from splitdecode.split.health import Health, Seen, log, paired, seam_jump
 from splitdecode.split.outputs import CompletionOutput, Delta, ModelMetrics, RequestMetrics
 from splitdecode.split.policies import HandoffPolicy, Opening
 from splitdecode.split.roles import Pair, Role
@@ -119,9 +119,9 @@ class Engine:
 
     def tick(self) -> None:
         """Launches one step per model that has pending tokens, lands what is due, applies what it means."""
-        self._start_waiting()
         launched = Pair(False, False)
         try:
+            self._start_waiting()
             for role in Role:
                 batch = self.buffers[role].plan(self.scheduler, role, self.runners[role].steps, 1e3 * self.clock())
                 self._transfer(role)
@@ -146,7 +146,7 @@ class Engine:
     def _end(self, choice: Choice) -> None:
         if choice in self.waiting:
             self.waiting.remove(choice)
-            choice.output = CompletionOutput(choice.index, "", "", [], [], "abort", None)
+            choice.output = _nothing(choice)
             if self.tracer is not None:
                 self.tracer.retired(self, choice)
         elif choice.sequence is not None and choice.output is None:
@@ -176,6 +176,7 @@ class Engine:
             salt=choice.salt,
             leader=leads,
         )
+        self.running[handle] = choice  # from here on whatever fails gives the handle back
         for role in Role:
             self.runners[role].sampler.set(handle, self.budgets.sampling(params, role), choice.key)
         self._penalised += params.penalised
@@ -185,7 +186,7 @@ class Engine:
         )
         if params.rollout and choice.policy.closes_itself:
             choice.sequence.closings = Closings()
-        self.running[handle] = self._silent[handle] = choice
+        self._silent[handle] = choice
         if choice.stream is not None:
             self._streaming[handle] = choice
         if self.ahead:
@@ -311,6 +312,9 @@ class Engine:
         self._penalised -= choice.params.penalised
         if self.tracer is not None:
             self.tracer.retired(self, choice)
+        self._forget(handle)
+
+    def _forget(self, handle: int) -> None:
         self.scheduler.finish(handle)
         for table in (self.running, self._silent, self._streaming):
             table.pop(handle, None)
@@ -325,7 +329,10 @@ class Engine:
             self._unwatched += 1
             if self._unwatched >= self.config.watch_seams:
                 self._unwatched = 0
-                self._measure_seams(choice, sequence)
+                try:
+                    self._measure_seams(choice, sequence)
+                except Exception as error:  # out of memory, say: it is a forward beside the caches
+                    log.warning("a seam was not measured: %s: %s", type(error).__name__, error)
         self.health.settle(Seen(counted, sequence.handoffs, sequence.unreturned, balanced))
 
     def _measure_seams(self, choice: Choice, sequence: SplitSequence) -> None:
@@ -340,6 +347,9 @@ class Engine:
         """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""
         for choice in [*self.waiting, *self.running.values()]:
             self._end(choice)
+        for handle, choice in list(self.running.items()):  # what failed while it began or ended
+            choice.output = choice.output or _nothing(choice)
+            self._forget(handle)
         for role in Role:
             while self.scheduler.in_flight(role):
                 flight = self.flights[role].popleft() if self.flights[role] else None
@@ -354,3 +364,8 @@ class Engine:
         rows = config.max_num_seqs
         pages = rows * (-(-self.max_len[role] // page))
         return StepBuffers(page, config.max_num_batched_tokens, rows, pages, config.max_draws)
+
+
+def _nothing(choice: Choice) -> CompletionOutput:
+    """What an answer is that never began."""
+    return CompletionOutput(choice.index, "", "", [], [], "abort", None)

@@ -32,7 +32,7 @@ def prompt_ids(tokens: PairTokens, prompt: Prompt, other: Prompt | None, limits:
     text = _text(prompt)
     if text is not None:
         return Pair(first, _encode(tokens, Role.LARGE, text, limits[Role.LARGE]))
-    return Pair(first, _encode(tokens, Role.LARGE, tokens.project(Role.SMALL, first), limits[Role.LARGE]))
+    return Pair(first, _encode(tokens, Role.LARGE, _handed_over(tokens, first), limits[Role.LARGE]))
 
 
 def cache_salt(prompt: Prompt) -> bytes:
@@ -40,7 +40,10 @@ def cache_salt(prompt: Prompt) -> bytes:
     salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
     if not isinstance(salt, str):
         raise RequestError(f"cache_salt: found {_short(salt)}, expected a str")
-    return salt.encode()
+    try:
+        return salt.encode()
+    except UnicodeError:
+        raise RequestError(f"cache_salt: found {_short(salt)}, expected text that can be written as UTF-8") from None
 
 
 def with_hint(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -52,6 +55,15 @@ def with_hint(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             said[index] = {**message, "content": f"{message['content']}\n{HINT}"}
             break
     return said
+
+
+def _handed_over(tokens: PairTokens, ids: list[int]) -> list[int]:
+    """A prompt given in the small model's ids, in the large one's: its own BOS, if it has one, for the other's."""
+    bos = tokens.tokenizers.map(lambda tokenizer: tokenizer.bos_id)
+    if tokens.same or bos[Role.SMALL] is None or ids[:1] != [bos[Role.SMALL]]:
+        return tokens.project(Role.SMALL, ids)
+    own = bos[Role.LARGE]
+    return ([] if own is None else [own]) + tokens.project(Role.SMALL, ids[1:])
 
 
 def _text(prompt: Prompt) -> str | None:

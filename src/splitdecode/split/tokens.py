@@ -6,12 +6,15 @@ boundary, so that the small lane's ids never depend on how often one reads along
 
     large tokens   [ Fran ][ çois \xe2 ][ \x80\x94 ][ but ]
     stretches      |------||-------------------- ||------|      each is encoded on its own
+
+Special tokens that both have under one text are handed over as such.
 """
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from splitdecode import _C
 from splitdecode.errors import RequestError
@@ -34,6 +37,7 @@ class PairTokens:
         self.tags = tags
         self.same = tokenizers[Role.SMALL].same_ids(tokenizers[Role.LARGE])
         self.vocabularies = tokenizers.map(_vocabulary)
+        self._twins = Pair.of(lambda r: _twins(tokenizers[r], tokenizers[r.other]))
         self.tag_ids = [_tag_ids(tokenizers[Role.SMALL], tag) for tag in tags]
         self._own_tags = [i for i in map(tokenizers[Role.SMALL].id_of, (*tags, *others)) if i is not None]
         self._never_said = self._unsayable((*tags, *others))
@@ -82,7 +86,12 @@ class PairTokens:
         """Finished text by `author`, as the other model reads it."""
         if self.same:
             return list(ids)
-        return self.encode(author.other, self.bytes_of(author, ids))
+        out: list[int] = []
+        for special, run in groupby(ids, self._twins[author].get):
+            part = list(run)
+            plain = special is None
+            out += self.encode(author.other, self.bytes_of(author, part)) if plain else [special] * len(part)
+        return out
 
     def stretches(self, author: Role, ids: Sequence[int], *, final: bool) -> list[tuple[int, list[int]]]:
         """Text that still grows: [(tokens of the author, the other model's ids)], one entry per stretch.
@@ -94,6 +103,14 @@ class PairTokens:
         table, out, start = self.tokenizers[author].token_bytes, [], 0
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for index, token in enumerate(ids):
+            special = self._twins[author].get(token)
+            if special is not None:
+                if start < index:  # a character that nothing completes
+                    out.append((index - start, self.encode(author.other, self.bytes_of(author, ids[start:index]))))
+                    decoder.reset()
+                out.append((1, [special]))
+                start = index + 1
+                continue
             decoder.decode(table[token])
             if decoder.getstate()[0] == b"" or (final and index + 1 == len(ids)):
                 piece = self.bytes_of(author, ids[start : index + 1])
@@ -127,6 +144,13 @@ def _vocabulary(tokenizer: Tokenizer) -> _C.Vocabulary:
     table = tokenizer.token_bytes
     flags = bytes(1 if i in tokenizer.special_ids else 0 for i in range(len(table)))
     return _C.Vocabulary(table, flags, tokenizer.encode_bytes)
+
+
+def _twins(tokenizer: Tokenizer, other: Tokenizer) -> dict[int, int]:
+    """Special ids of one tokenizer -> those of the other that have the same text."""
+    texts = {i: tokenizer.token_bytes[i].decode("utf-8", "replace") for i in tokenizer.special_ids}
+    twins = {i: other.id_of(text) for i, text in texts.items()}
+    return {i: twin for i, twin in twins.items() if twin is not None and twin in other.special_ids}
 
 
 def _tag_ids(tokenizer: Tokenizer, tag: str) -> list[int]:

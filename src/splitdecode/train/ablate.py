@@ -148,12 +148,13 @@ def _annotated(plan: Plan, source: str) -> Record:
 
 
 def _annotate(plan: Plan, source: str, annotator: GapAnnotator | RuleAnnotator) -> int:
-    """Writes the tagged file of a source; returns how many traces failed."""
+    """Writes the tagged file of a source; returns how many traces it cannot annotate."""
     summary = annotation.annotate(plan.traces, annotator, _file(plan, source), total=len(plan.traces))
-    if summary.stopped or not summary.annotated + summary.already:
-        raise RequestError(f"--sources: {source}: found {len(summary.failed)} of {len(plan.traces)} traces it cannot "
-                           f"annotate ({summary.failed[0]}), expected traces it can")  # fmt: skip
-    return len(summary.failed)
+    failed = [*summary.left_out, *summary.failed]
+    if not summary.annotated + summary.already:
+        raise RequestError(f"--sources: {source}: found {len(failed)} of {len(plan.traces)} traces it cannot annotate "
+                           f"({failed[0]}), expected traces it can")  # fmt: skip
+    return len(failed)
 
 
 def _tagged(traces: Iterable[Trace]) -> Iterable[Tagged]:

@@ -9,15 +9,16 @@ is trained on too: a model that is never shown that a span goes on learns to clo
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 from splitdecode.errors import RequestError
 from splitdecode.families import stream, tagged
+from splitdecode.jsonl import read_objects
 from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
 
@@ -44,12 +45,7 @@ class Example:
 
 def read_traces(file: Path, flag: str = "--data") -> list[Trace]:
     """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming the flag, file and line."""
-    try:
-        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise RequestError(f"{flag}: {file}: found no text to read ({reason})") from None
-    traces = [_trace(f"{flag}: {file}:{n}", line) for n, line in lines]
+    traces = [_trace(place, row) for place, row in read_objects(file, flag)]
     if not traces:
         raise RequestError(f"{flag}: {file}: found no traces, expected one JSON object a line")
     return traces
@@ -106,15 +102,10 @@ def tag_tokens(text: str, tokens: Sequence[bytes]) -> list[bool]:
     return marks
 
 
-def _trace(where: str, line: str) -> Trace:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "tagged")):
-        found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise RequestError(f"{where}: found {found or 'no fields'}, expected an object with the texts "
-                           "'prompt' and 'tagged'")  # fmt: skip
+def _trace(where: str, row: Mapping[str, Any]) -> Trace:
+    if not all(isinstance(row.get(name), str) for name in ("prompt", "tagged")):
+        raise RequestError(f"{where}: found {', '.join(map(repr, row)) or 'no fields'}, expected an object with the "
+                           "texts 'prompt' and 'tagged'")  # fmt: skip
     check_tags(row["tagged"], where)
     if not row["prompt"] or not row["tagged"]:
         raise RequestError(f"{where}: found an empty text, expected a 'prompt' and a 'tagged' solution")
