@@ -17,6 +17,7 @@ from oracles.tiny import PIECES
 
 from splitdecode import SplitDecoder, cli
 from splitdecode.families import boxed, problems
+from splitdecode.split.health import BOUNDS, MIN_ANSWERS
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = problems(2, 11)
@@ -98,6 +99,19 @@ def test_many_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert [out.count(repr(task.prompt)) for task in TASKS] == [1, 1]
     assert [f"\\boxed{{{task.answer}}}" in out for task in TASKS] == [True, True]
+
+
+def test_seams_are_watched_where_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(BOUNDS, "seam", (-99.0, True, "whatever it is"))
+    asked = ["generate", "--json", *(task.prompt for task in problems(MIN_ANSWERS, 11))]
+    for flags, said in ((["--watch-seams", "4"], True), ([], False)):
+        assert cli.main([*asked, *flags]) == 0
+        assert (", above -99: whatever it is\n" in capsys.readouterr().err) is said
+
+
+def test_a_prompt_ends_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_bytes("one\u2028still one\r\n\ntwo".encode())
+    assert cli._lines(tmp_path / "prompts") == ["one\u2028still one\n", "two\n"]
 
 
 def test_json_is_one_object_per_answer(capsys: pytest.CaptureFixture[str]) -> None:

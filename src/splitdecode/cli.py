@@ -68,12 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("prompts", nargs="*", help="prompts; none: one per line from --file or standard input")
     command.add_argument("--file", type=Path, help="a file with one prompt per line")
     command.add_argument("--chrome-trace", type=Path, metavar="FILE", help="record every step, for ui.perfetto.dev")
+    command.add_argument("--watch-seams", type=int, default=0, metavar="N", help="let both models score the text of "
+                         "every N-th answer with hand-offs (two prefills): do they understand each other? (default 0: "
+                         "no)")  # fmt: skip
     _add_common(command)
     command.set_defaults(run=generate)
     command = commands.add_parser("chat", help="talk to a pair; an empty line or Ctrl-D ends it")
     command.add_argument("--system", help="a system message")
     _add_common(command)
-    command.set_defaults(run=chat)
+    command.set_defaults(run=chat, watch_seams=0)
     return parser
 
 
@@ -101,7 +104,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _decoder(args: argparse.Namespace) -> SplitDecoder:
-    options = {"device": args.device, "kv_cache_memory": args.kv_cache_memory}
+    options = {name: getattr(args, name) for name in ("device", "kv_cache_memory", "watch_seams")}
     if args.small is None and args.large is None:
         return SplitDecoder.demo(**options, **({} if args.dtype == "auto" else {"dtype": args.dtype}))
     if args.small is None or args.large is None:
@@ -199,7 +202,7 @@ def _lines(file: Path | None) -> list[str]:
         text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise RequestError(f"{file or 'standard input'}: found bytes that are not UTF-8 ({error.reason})") from None
-    lines = [line + "\n" for line in text.splitlines() if line.strip()]
+    lines = [line + "\n" for line in text.split("\n") if line.strip()]
     if not lines:
         raise RequestError("prompts: found none, expected arguments, --file, or lines on standard input")
     return lines

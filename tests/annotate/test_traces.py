@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,24 @@ def test_other_names_and_several_texts(tmp_path: Path) -> None:
     assert [(t.id, t.text) for t in found] == [("x#0", "one"), ("x#1", "two")]
 
 
+def test_a_bare_question_stays_one(tmp_path: Path) -> None:
+    rows = {"question": "q", "trace": "t"}, {"prompt": "q", "question": None, "trace": "t"}
+    bare, prompt = read_traces(written(tmp_path, *rows))
+    assert (bare.prompt, bare.bare, prompt.prompt, prompt.bare) == ("q", True, "q", False)
+    assert bare.id == bare.digest != prompt.digest == prompt.id
+    assert prompt.digest == sha256(b'["q", "t"]').hexdigest()[:16], "as files that were begun have it"
+    (other,) = read_traces(written(tmp_path, {"problem": "q", "trace": "t"}), Fields(question="problem"))
+    assert other.bare
+    (named,) = read_traces(written(tmp_path, {"question": "q", "trace": "t"}), Fields(prompt="question"))
+    assert not named.bare, "--prompt-field question: a prompt of that name"
+    (named,) = read_traces(written(tmp_path, {"prompt": "q", "trace": "t"}), Fields(question="prompt"))
+    assert named.bare, "--question-field prompt: a question of that name"
+
+
 WRONG = {
+    "both": ({"prompt": "p", "question": "q", "trace": "t"}, "line 2: found 'question', 'prompt', expected either"),
+    "neither": ({"id": "b", "trace": "t"}, "line 2: found 'id', 'trace', expected either 'question' or 'prompt'"),
+    "no question": ({"question": 3, "trace": "t"}, "line 2: found 3 as 'question', expected a text"),
     "no JSON": ("nonsense", "line 2: found no JSON"),
     "no object": ([1], "line 2: found list, expected an object"),
     "no trace": ({"prompt": "p"}, "line 2: found None as 'trace', expected a text; it has prompt"),

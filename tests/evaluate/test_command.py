@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from oracles.embedded import LARGE, OFFLOAD, SMALL, TOKENS
 
-from splitdecode import cli
+from splitdecode import SplitDecoder, cli
 from splitdecode.evaluate import command
 from splitdecode.evaluate.claims import load_claims, measured, shipped_results
 from splitdecode.evaluate.pareto import front, plot
-from splitdecode.evaluate.report import command_line
+from splitdecode.evaluate.report import command_line, transfer
 from splitdecode.evaluate.tables import markdown, matrix
 
 POLICIES = "random,small-base,small,large,split,reject,forced-base"
@@ -65,7 +65,9 @@ def test_the_document(document: dict[str, Any]) -> None:
     pairs = {(pair["task"], pair["minus"]): pair for pair in document["paired"]}
     assert len(pairs) == 12
     assert {pair["policy"] for pair in document["paired"]} == {"split"}
-    assert pairs["two-products", "large"]["accuracy"] == {"value": 0, "low": 0, "high": 0, "method": "paired bootstrap"}
+    equal = pairs["two-products", "large"]["accuracy"]
+    assert (equal["value"], equal["method"], equal["high"]) == (0, "all equal", -equal["low"])
+    assert equal["high"] == pytest.approx(1.959964**2 / (12 + 1.959964**2), abs=1e-6)
 
 
 def test_the_tables(ran: Path, document: dict[str, Any]) -> None:
@@ -76,12 +78,18 @@ def test_the_tables(ran: Path, document: dict[str, Any]) -> None:
     alarm = "offload: 0.5, above 0.2: too much"
     alarmed = {**document, "rows": [{**row, "alarms": [alarm]} for row in document["rows"]]}
     assert f"Alarm, split: {alarm}." in markdown(alarmed).splitlines()
+    watched = SplitDecoder.demo().health.figures()
+    assert set(split["health"]) == set(watched)
+    assert split["health"]["seam"] is not None
+    figures = " | ".join("-" if value is None else f"{value:.3f}" for value in split["health"].values())
+    assert f"| split | {figures} |" in text.splitlines()
     for said in (
+        "| signs | offload <= 0.2 | tags <= 0.05 | no_return <= 0.1 | slow >= 0.3 | no_gain >= 1 | seam <= 3 |\n",
         "## two-products\n",
         f"| split | 100.0 [75.8, 100.0] | {100 * OFFLOAD:.2f} | 2.00 | {SMALL:.1f} / {LARGE:.1f} | ",
         "| split | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 | 24 / 24 |",
         "forced-base: 24 of 24 forced spans began on the labelled solution",
-        "split - large: +0.0 [+0.0, +0.0]",
+        "split - large: +0.0 [-24.2, +24.2]",
         f"| two-products | 100.0 [75.8, 100.0] at {100 * OFFLOAD:.1f} %, F1 1.00 | ",
     ):
         assert said in text, said
@@ -117,7 +125,7 @@ def test_questions_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     asked = "--samples 2 --max-tokens 8 --policies small,split --json"
     assert cli.main(["eval", "--data", f"own={tmp_path / 'own.jsonl'}", *asked.split()]) == 0
     small, split = json.loads(capsys.readouterr().out)["rows"]
-    assert (small["n"], small["samples"], small["accuracy"]["method"]) == (3, 2, "cluster bootstrap")
+    assert (small["n"], small["samples"], small["accuracy"]["method"]) == (3, 2, "wilson")
     assert (split["accuracy"]["value"], sum(split["finish"].values())) == (0, 6)
 
 
@@ -137,6 +145,13 @@ def test_transfer(ran: Path, document: dict[str, Any], tmp_path: Path, capsys: p
         ("two-products", "one-product"),
     ]
     assert matrix([]) == ["| trained on |", "| --- |"]
+    other["pair"]["trained_on"] = "two-products"  # two results of the same: neither is dropped
+    other["rows"] = [{**row, "offload": 0.5} for row in other["rows"]]
+    twice = matrix(transfer([document, other]))
+    assert len(twice) == 4
+    assert twice[3].startswith("| two-products | - | ")
+    assert " at 50.0 %" in twice[3]
+    assert " at 50.0 %" not in twice[2]
 
 
 def test_the_front() -> None:
@@ -166,6 +181,10 @@ WRONG = {
     "--max-offload-fraction 2": "max_offload_fraction: found 2.0",
     "--data x": "--data: found 'x', expected NAME=FILE",
     "--data x=nowhere": "--data x: nowhere: found no text to read (No such file",
+    "--data x=file --data x=other": "--data: found 'x' twice, expected each name once",
+    "--data one-product=file --families one-product": "--data: found 'one-product', which --families asks for too",
+    "--data aime24=file --tasks aime24": "--data: found 'aime24', which --tasks asks for too",
+    "--watch-seams -1": "watch_seams: found -1",
     "--data x=file --scorer exact": "scorer: found 'exact', expected one of integer, math, aime",
     "--data x=file --scorer integer --policies forced": "forced: x has questions without labels",
     "--small here": "--small and --large: found one, expected both",

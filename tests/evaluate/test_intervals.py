@@ -57,6 +57,28 @@ def test_answers_to_one_problem_are_not_independent() -> None:
     assert found.high - found.low > 3 * (pooled.high - pooled.low)
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_all_or_none_right_is_wilsons(right: bool) -> None:
+    """Sixteen equal answers to each of 30 problems: a bootstrap would have no width."""
+    assert accuracy([[right] * 16] * 30) == wilson(30 * right, 30)
+
+
+def test_equal_problems_have_a_width() -> None:
+    """One of two answers right, three times: the share of other problems is at most z^2 / (3 + z^2) = 0.5615."""
+    found = accuracy([[True, False]] * 3)
+    assert (found.value, found.method) == (0.5, "all equal")
+    assert (found.low, found.high) == pytest.approx((0.5 * 0.4385, 0.5 + 0.5 * 0.5615), abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second", "sign"), [(True, True, 0), (True, False, 1), (False, True, -1)])
+def test_equal_differences_have_a_width(first: bool, second: bool, sign: int) -> None:
+    others = Z * Z / (40 + Z * Z)
+    found = paired([[first]] * 40, [[second]] * 40)
+    assert (found.value, found.method) == (sign, "all equal")
+    wanted = {0: (-others, others), 1: (1 - 2 * others, 1), -1: (-1, 2 * others - 1)}[sign]
+    assert (found.low, found.high) == pytest.approx(wanted)
+
+
 def test_paired_by_hand() -> None:
     """Four problems, second policy right on two more of them and never worse: differences 0, 0, 1, 1."""
     first = [[True], [False], [True], [True]]
@@ -97,11 +119,16 @@ def test_what_must_hold(scores: list[list[bool]], seed: int) -> None:
     assert found.value == pytest.approx(np.mean(scores))
     assert 0 <= found.low <= found.value <= found.high <= 1
     assert accuracy(scores, seed) == found
+    assert found.low < found.high
     same = paired(scores, scores, seed)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert same.value == 0
+    assert same.low == -same.high < 0
     none = [[False] * 3] * len(scores)
     against = paired(scores, none, seed)
-    assert (against.value, against.low, against.high) == pytest.approx((found.value, found.low, found.high))
+    assert against.value == pytest.approx(found.value)
+    assert -1 <= against.low < against.high <= 1
+    if found.method == "cluster bootstrap":
+        assert (against.low, against.high) == pytest.approx((found.low, found.high))
 
 
 def test_unequal_questions_are_refused() -> None:

@@ -224,6 +224,11 @@ def test_a_local_task_from_our_command(folder: Path, tmp_path: Path) -> None:
     assert rows["splitdecode_boxes", "split"]["offload"] == pytest.approx(OFFLOAD)
     assert 0 <= rows["splitdecode_boxes", "random"]["offload"] < 0.3
     assert rows["splitdecode_choices", "split"]["offload"] is None  # a likelihood hands nothing over
+    for task in ("splitdecode_boxes", "splitdecode_choices"):
+        assert rows[task, "large"]["health"] is None
+    assert rows["splitdecode_boxes", "split"]["health"]["offload"] == pytest.approx(OFFLOAD)
+    assert rows["splitdecode_choices", "split"]["health"] is None
+    assert "| split | 0." in (tmp_path / "results.md").read_text("utf-8")
     assert "| splitdecode_boxes | split | exact_match,box 1" in (tmp_path / "results.md").read_text("utf-8")
     assert not (tmp_path / "pareto.png").exists()
 

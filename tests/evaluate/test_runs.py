@@ -9,13 +9,14 @@ import pytest
 from oracles.embedded import OFFLOAD
 
 import splitdecode
-from splitdecode import RequestError
+from splitdecode import RequestError, SplitDecoder
 from splitdecode.evaluate.pair import PairSource
 from splitdecode.evaluate.policies import Rate, Row, parse_rows
 from splitdecode.evaluate.runs import Outcome, Settings, prompts_of, run_row, run_task
 from splitdecode.evaluate.scorers import score_integer
 from splitdecode.evaluate.tasks import Item, Task, family_task
 from splitdecode.models.chat import ChatTemplate
+from splitdecode.split import health
 from splitdecode.split.roles import Pair
 
 HINT = "You always use <bigmodel>...</bigmodel> to mark parts of the reasoning process that are important."
@@ -52,6 +53,36 @@ def test_health_is_of_rows_whose_hand_offs_the_tags_decide(outcomes: dict[str, O
     assert split.health["offload"] == pytest.approx(OFFLOAD)
     assert split.health["tags"] == split.health["no_return"] == 0
     assert {alarm.partition(":")[0] for outcome in outcomes.values() for alarm in outcome.alarms} <= {"slow", "no_gain"}
+
+
+def test_health_is_of_all_answers_of_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beyond what an engine remembers, and without those of the warm-up; seams are scored once it is timed."""
+    monkeypatch.setattr(health, "MEMORY", 2)
+    decoder = SplitDecoder.demo(watch_seams=3, max_num_seqs=4)
+    order: list[str] = []
+    seen: list[tuple[int, int]] = []
+    generate, score_seams = decoder.generate, decoder.engine.score_seams
+
+    def generated(*args: Any, **options: Any) -> Any:
+        found = generate(*args, **options)
+        order.append("generate")
+        return found
+
+    def scored() -> None:
+        score_seams()
+        order.append("score_seams")
+        if decoder.engine.seams_wait:
+            seen.append((len(decoder.health.answers), len(decoder.health.seams.large)))
+
+    monkeypatch.setattr(decoder, "generate", generated)
+    monkeypatch.setattr(decoder.engine, "score_seams", scored)
+    outcome = run_row(family_task("two-products", 9, 1), Row("split"), decoder, Settings(), None)
+    assert seen == [(9, 3)]
+    assert order[-2:] == ["generate", "score_seams"]
+    assert "score_seams" not in order[order.index("generate") + 1 : -1]
+    assert outcome.health is not None
+    assert outcome.health["seam"] is not None
+    assert (len(decoder.health.answers), decoder.engine.seams_wait) == (0, False)
 
 
 def test_random_runs_last_at_the_rate_of_the_split_row(outcomes: dict[str, Outcome]) -> None:

@@ -17,6 +17,7 @@ from oracles.scripted import Stage
 
 from splitdecode import SamplingParams, SplitDecoder
 from splitdecode.families import problems
+from splitdecode.split import engine
 from splitdecode.split.health import MEMORY, MIN_ANSWERS, Health, Seen, paired, seam_jump
 from splitdecode.split.outputs import ModelMetrics
 from splitdecode.split.policies import LargeOnly
@@ -125,11 +126,55 @@ def test_policies_of_ones_own_are_no_fault() -> None:
     assert set(decoder.health.figures().values()) == {None}
 
 
-def test_an_answer_cut_short_need_not_have_closed_its_tags() -> None:
+def test_an_answer_cut_short_need_not_have_closed_its_tags_but_the_span_did_not_return() -> None:
+    """max_span lies far behind the end of the answer."""
     stage = Stage().small(0, "a", *OPEN).large(1, *"bcbcbcbcbc")
     for _ in range(MIN_ANSWERS):
         assert stage.run(max_tokens=6).outputs[0].finish_reason == "length"
-    assert stage.decoder.health.figures()["tags"] is None
+    figures = stage.decoder.health.figures()
+    assert (figures["tags"], figures["no_return"]) == (None, 1.0)
+    assert "no_return" in names(stage.decoder)
+
+
+def test_a_span_that_ends_the_answer_did_not_return() -> None:
+    stage = Stage().small(0, "a", *OPEN).large(1, *"bcb", "<|eos|>")
+    assert stage.run().outputs[0].finish_reason == "stop"
+    figures = stage.decoder.health.figures()
+    assert (figures["tags"], figures["no_return"]) == (1.0, 1.0)
+
+
+def test_an_answer_cut_short_by_the_small_model_has_spans_that_returned() -> None:
+    stage = Stage().small(0, "a", *OPEN).large(1, *"bcbcbcbc").small(13, *CLOSE, "T", "T", "T", "T")
+    assert stage.run(max_tokens=10).outputs[0].finish_reason == "length"
+    assert stage.decoder.health.figures()["no_return"] == 0.0
+
+
+def test_seams_can_wait() -> None:
+    """What is timed is not disturbed by two prefills; both ways the figure is the same."""
+    found = []
+    for waits in (False, True):
+        decoder = SplitDecoder.demo(watch_seams=2)
+        decoder.engine.seams_wait = waits
+        decoder.generate([problem.prompt for problem in problems(5, 5)], PARAMS)
+        measured = [len(seam) for seam in decoder.health.seams]
+        assert measured == ([0, 0] if waits else [2, 2])
+        decoder.engine.score_seams()
+        assert [len(seam) for seam in decoder.health.seams] == [2, 2]
+        assert decoder.health.unscored == []
+        found.append(decoder.health.figures()["seam"])
+    assert found[0] == found[1] is not None
+
+
+def test_no_memory_for_a_seam_ends_no_answer(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(engine, "token_logprobs", full)
+    decoder = SplitDecoder.demo(watch_seams=1)
+    (output,) = decoder.generate(problems(1, 5)[0].prompt, PARAMS)
+    assert output.outputs[0].finish_reason == "stop"
+    assert decoder.health.figures()["seam"] is None
+    assert "seam: not measured: no memory left for a prefill of " in caplog.text
 
 
 def test_figures_are_of_the_last_answers_only() -> None:
@@ -138,6 +183,19 @@ def test_figures_are_of_the_last_answers_only() -> None:
         models = Pair(ModelMetrics(tokens=10, ms=10.0), ModelMetrics(tokens=10 if k < 5 else 0, ms=1.0))
         health.settle(Seen(models, 1, 0, True))
     assert health.figures()["offload"] == 0.0
+
+
+def test_all_answers_can_be_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    real = Health.alarms
+    monkeypatch.setattr(Health, "alarms", lambda self: looks.append(self._ended) or real(self))
+    health = Health()
+    health.clear(memory=None)
+    for k in range(16 * MEMORY):
+        health.settle(Seen(Pair(ModelMetrics(tokens=3), ModelMetrics(tokens=5 if k < 3 else 1)), 1, 0, True))
+    assert health.figures()["offload"] == pytest.approx((16 * MEMORY + 12) / (4 * 16 * MEMORY + 12))
+    assert len(looks) < 40  # rarer as they cost more
+    assert looks[-1] > 12 * MEMORY
 
 
 def test_looks_for_alarms_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,15 +194,16 @@ def test_costs_are_fitted_once_and_kept(tmp_path: Path) -> None:
     chosen, file = settings(rewards="latency=1"), tmp_path / "cost.json"
     questions = grpo_run.family_questions(["two-products"], 4, 0)
     with SplitDecoder.demo() as decoder:
-        first = grpo_run._fitted_cost(decoder, questions, chosen, file, {"large": "a"})
-        assert first == grpo_run._fitted_cost(decoder, questions, chosen, file, {"large": "a"}) == CostModel.read(file)
+        first = grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "a"})
+        again = grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "a"})
+        assert first == again == CostModel.read(file)
         assert first.read_interval == decoder.config.read_interval
         kept = file.read_text("utf-8")
-        grpo_run._fitted_cost(decoder, questions, chosen, file, {"large": "b"})
+        grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "b"})
         assert file.read_text("utf-8") != kept  # those of another pair are not taken over
         file.write_text("{", "utf-8")
         with pytest.raises(RequestError, match=r"--output: .*cost.json cannot be read"):
-            grpo_run._fitted_cost(decoder, questions, chosen, file, {"large": "b"})
+            grpo_run._fitted_cost(decoder, questions, {}, chosen, file, {"large": "b"})
 
 
 def test_prompts_without_room_are_left_out(tmp_path: Path, cost: str) -> None:
@@ -250,7 +251,7 @@ def test_wrong_settings_are_named(changes: dict[str, Any], said: str) -> None:
         (["--preset", "toy"], "--data and --families: expected one of them"),
         (["--families", "four-products"], "family: found 'four-products'"),
         (["--families", "two-products", "--n", "2"], "questions: found 2, expected at least 6"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: found no text to read"),
         (["--families", "two-products", "--generations", "1"], "generations: found 1"),
         (["--families", "two-products", "--preset", "huge"], "preset: found 'huge', expected paper or toy, or a file"),
         (["--families", "two-products", "--preset", "no.toml"], "preset: no.toml cannot be read"),
@@ -295,15 +296,6 @@ def test_presets_from_files(tmp_path: Path) -> None:
         file.write_text(text, "utf-8")
         with pytest.raises(RequestError, match=said):
             preset(str(file))
-
-
-def test_questions_from_lines(tmp_path: Path) -> None:
-    file = tmp_path / "q.jsonl"
-    file.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "2+2", "answer": "4"}\n', "utf-8")
-    assert grpo_run.read_questions(file) == {"1+1": "2", "2+2": "4"}
-    file.write_text('{"prompt": "1+1", "answer": 2}\n{"prompt": "2+2"}\n', "utf-8")
-    with pytest.raises(RequestError, match=r"line 2: expected an object"):
-        grpo_run.read_questions(file)
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,20 @@ from pathlib import Path
 import pytest
 from oracles.tiny_sft import save_checkpoint
 
-from splitdecode.errors import RequestError
+from splitdecode.errors import CheckpointError, RequestError
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.tokens import HINT
 from splitdecode.train.settings import Settings, preset
-from splitdecode.train.traces import IGNORED, Trace, check_tags, encode, family_traces, read_traces, tag_tokens
+from splitdecode.train.traces import (
+    IGNORED,
+    Trace,
+    asked,
+    check_tags,
+    encode,
+    family_traces,
+    read_traces,
+    tag_tokens,
+)
 
 TRACES = family_traces(["one-product"], 10, 0)
 WORDS = Path(__file__).resolve().parents[1] / "oracles" / "unigram"  # has the tags as tokens of their own
@@ -101,11 +111,20 @@ def test_files_are_read(tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
     file.write_text('{"prompt": "p", "tagged": "a\\u2028<bigmodel>b</bigmodel>", "id": 1}\n\n')
     assert read_traces(file) == [Trace("p", "a\u2028<bigmodel>b</bigmodel>")]
+    file.write_text('{"question": "q", "tagged": "a"}\n{"prompt": "p", "question": null, "tagged": "b"}')
+    assert read_traces(file) == [Trace("q", "a", bare=True), Trace("p", "b")]
     for text, said in (
         ("", "found no traces"),
         ("\n\n{", "--data: traces.jsonl line 3: found no JSON"),
-        ("[]", "found list, expected an object"),
-        ('{"prompt": "p"}', "found 'prompt', expected an object"),
+        ("[]", "traces.jsonl line 1: found list, expected an object"),
+        ('{"prompt": "p"}', "found 'prompt', expected an object with the texts 'prompt' and 'tagged'"),
+        ('{"tagged": "a"}', "traces.jsonl line 1: found 'tagged', expected either 'question' or 'prompt'"),
+        ('{"prompt": null, "tagged": "a"}', "found 'prompt', 'tagged', expected either 'question' or 'prompt'"),
+        (
+            '\n{"prompt": "p", "question": "q", "tagged": "a"}',
+            "traces.jsonl line 2: found 'question', 'prompt', expected either",
+        ),
+        ('{"question": "", "tagged": "a"}', "found an empty text, expected a 'question' and a 'tagged' solution"),
         ('{"prompt": "p", "tagged": 1}', "expected an object"),
         ('{"prompt": "p", "tagged": ""}', "found an empty text"),
         ('{"prompt": "p", "tagged": "<bigmodel>"}', "that nothing closes"),
@@ -118,6 +137,38 @@ def test_files_are_read(tmp_path: Path) -> None:
     file.write_bytes(b"\xff")
     with pytest.raises(RequestError, match="not UTF-8"):
         read_traces(file)
+
+
+SOLUTIONS = {
+    "<think>\nA <bigmodel>b</bigmodel>": "A <bigmodel>b</bigmodel>",
+    "<think>\n\nA": "\nA",
+    "<think>A": "A",
+    "A": "A",
+    " <think>\nA": " <think>\nA",
+    "<bigmodel><think>\nA</bigmodel> b": "<bigmodel>A</bigmodel> b",
+    "<bigmodel><think></bigmodel>\nA<bigmodel>b</bigmodel>": "A<bigmodel>b</bigmodel>",
+    "<bigmodel></bigmodel>A": "<bigmodel></bigmodel>A",
+}
+
+
+@pytest.mark.parametrize("tagged", SOLUTIONS)
+def test_what_the_template_has_opened_is_not_written_again(tagged: str, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("S[{{ messages[0].content }}]{{ '<think>\\n' }}")
+    (trace,) = asked([Trace("1+1?", tagged, bare=True)], tmp_path)
+    assert trace == Trace(f"S[1+1?\n{HINT}\n\n Put your final answer within \\boxed{{}}.]<think>\n", SOLUTIONS[tagged])
+
+
+def test_elsewhere_a_solution_stands_as_it_is(tmp_path: Path) -> None:
+    """A template that opens nothing, none at all, and prompts: these are trained on to the letter."""
+    begun, words = "<think>\nA", f"1+1?\n{HINT}\n\n Put your final answer within \\boxed{{}}."
+    verbatim = Trace("p<think>\n", begun)
+    assert asked([Trace("1+1?", begun, bare=True), verbatim], tmp_path) == [Trace(words + "\n", begun), verbatim]
+    (tmp_path / "chat_template.jinja").write_text("S[{{ messages[0].content }}]")
+    assert asked([Trace("1+1?", begun, bare=True), verbatim], tmp_path) == [Trace(f"S[{words}]", begun), verbatim]
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    assert asked([verbatim], tmp_path) == [verbatim], "a template that is not needed is not read"
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: not readable"):
+        asked([Trace("1+1?", begun, bare=True)], tmp_path)
 
 
 def test_presets_and_what_goes_over_them() -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--n", type=int, help="only so many traces (default: all; 100 of a family)")
     what.add_argument("--seed", type=int, default=0, help="which problems of a family (default 0)")
     what.add_argument("--split", help="of a directory with several")
-    for name in ("id", "prompt", "trace"):
+    for name in ("id", "prompt", "trace", "question"):
         what.add_argument(f"--{name}-field", default=name, help=f"where a row keeps its {name} (default {name})")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; what is in it already is not done again")
     parser.add_argument("--by", required=True, choices=["endpoint", "gap", "rules"], help="who finds the hard parts")
@@ -118,7 +118,7 @@ def _source(args: argparse.Namespace) -> Callable[[], Iterator[Trace]]:
         return lambda: family_traces(args.family, args.n or 100, args.seed)
     if args.out.exists() and args.out.samefile(args.traces):
         raise RequestError(f"--out: found {args.out}, the traces themselves, expected another file")
-    fields = Fields(args.id_field, args.prompt_field, args.trace_field)
+    fields = Fields(args.id_field, args.prompt_field, args.trace_field, args.question_field)
     return lambda: islice(read_traces(args.traces, fields, split=args.split), args.n)
 
 

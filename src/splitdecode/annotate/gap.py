@@ -26,6 +26,7 @@ from splitdecode.annotate.traces import Trace
 from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.questions import THINK, opening, question_prompts
 from splitdecode.split.roles import Pair, Role
 
 Floats = npt.NDArray[np.float64]
@@ -63,7 +64,8 @@ class GapAnnotator:
         self, decoder: SplitDecoder, names: Pair[str], recipe: GapRecipe | None = None, *, chat: bool = False,
         batch: int = 16,
     ) -> None:  # fmt: skip
-        """names: of the models, for the record. chat: prompts are messages, put through each model's own template."""
+        """names: of the models, for the record. chat: prompts are messages, put through each model's own template;
+        bare questions always are, as split/questions.py does it, without the hint."""
         self._decoder, self._names, self._recipe = decoder, names, recipe or GapRecipe()
         self._chat, self._batch = chat, batch
 
@@ -105,9 +107,13 @@ class GapAnnotator:
         return [-row[len(prompt) :] for (prompt, _), row in zip(both, scores, strict=True)]
 
     def _prompt(self, trace: Trace, role: Role) -> str:
-        if not self._chat:
+        if trace.bare:
+            made = question_prompts(trace.prompt, self._decoder.templates, hint=False)[role]
+        elif self._chat:
+            made = self._decoder.chat_prompts([{"role": "user", "content": trace.prompt}], hint=False)[role]
+        else:
             return trace.prompt
-        return self._decoder.chat_prompts([{"role": "user", "content": trace.prompt}], hint=False)[role]
+        return made.removesuffix(opening(made)) if trace.text.startswith(THINK) else made  # it is there once
 
     def _found(self, trace: Trace, ids: Pair[list[int]], losses: Pair[Floats]) -> Annotation:
         recipe, tables = self._recipe, self._decoder.tokenizers

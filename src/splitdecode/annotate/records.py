@@ -2,8 +2,9 @@
 
     {"id", "prompt", "tagged", "spans": [[start, stop], ...], "share", "digest", "by": {...}, "details": {...}}
 
-spans are characters of the untagged text, strip(tagged) is that text. `by` says which annotator and settings made it;
-`digest` is of prompt and text, so that a changed trace under an old id is noticed.
+A trace of a bare question has "question" in place of "prompt". spans are characters of the untagged text, strip(tagged)
+is that text. `by` says which annotator and settings made it; `digest` is of prompt and text, so that a changed trace
+under an old id is noticed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def as_line(found: Annotation, settings: Mapping[str, Any]) -> bytes:
     assert parse(tagged) == (trace.text, found.spans), f"trace {trace.id!r}: tags changed the text"
     row = {
         "id": trace.id,
-        "prompt": trace.prompt,
+        "question" if trace.bare else "prompt": trace.prompt,
         "tagged": tagged,
         "spans": found.spans,
         "share": round(covered(found.spans) / len(trace.text), 6),

@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--top-p", type=float, help="default: 1 for families, 0.95 for questions")
     how.add_argument("--max-tokens", type=int, help="of an answer (default: 400 for families, 16384 for questions)")
     how.add_argument("--max-num-seqs", type=int, default=64, help="answers abreast; 1 measures latency (default 64)")
+    how.add_argument("--watch-seams", type=int, default=8, metavar="N", help="of so many answers with hand-offs, the "
+                     "text of one is scored by both models once the row is timed; 0: none (default 8)")  # fmt: skip
     how.add_argument("--device", default="cpu")
     how.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     how.add_argument("--kv-cache-memory", default="256MiB", help="for both caches together (default 256MiB)")
@@ -132,7 +134,8 @@ def load_lm_harness() -> ModuleType:
 def _source(args: argparse.Namespace) -> PairSource:
     if args.pair and (args.small or args.large):
         raise RequestError(f"--pair: found {args.pair} beside --small and --large, expected one or the other")
-    options = {"device": args.device, "kv_cache_memory": args.kv_cache_memory, "max_num_seqs": args.max_num_seqs}
+    names = ("device", "kv_cache_memory", "max_num_seqs", "watch_seams")
+    options = {name: getattr(args, name) for name in names}
     if args.dtype != "auto":
         options["dtype"] = args.dtype
     return PairSource(args.small, args.large, args.base, options)
@@ -167,8 +170,14 @@ def _tasks(args: argparse.Namespace) -> tuple[list[Task], list[str]]:
         name, mark, file = text.partition("=")
         if not (name and mark and file):
             raise RequestError(f"--data: found {text!r}, expected NAME=FILE")
+        if name in files:
+            raise RequestError(f"--data: found {name!r} twice, expected each name once")
         files[name] = Path(file)
     families, asked = _names(args.families), _names(args.tasks)
+    for name in files:
+        if name in families or name in asked:
+            raise RequestError(f"--data: found {name!r}, which --{'families' if name in families else 'tasks'} asks "
+                               "for too, expected each name once")  # fmt: skip
     if not (families or asked or files):
         families = [DEMO_TRAINED_ON]
     tasks: list[Task] = []
@@ -216,7 +225,8 @@ def _lm_eval(
 
 
 def _document(args: argparse.Namespace, source: PairSource) -> dict[str, Any]:
-    names = ("n", "samples", "seed", "temperature", "top_p", "max_tokens", "max_num_seqs", "max_offload_fraction")
+    names = ("n", "samples", "seed", "temperature", "top_p", "max_tokens", "max_num_seqs", "max_offload_fraction",
+             "watch_seams")  # fmt: skip
     return {
         "kind": report.KIND,
         "version": 1,

@@ -5,6 +5,9 @@ independent; what is drawn again is then the problem with all its answers (a clu
 answered the same problems are compared problem by problem (a paired bootstrap): what makes a problem hard for both
 cancels out.
 
+Where every problem has the same value a bootstrap has no width, however few there are. Then Wilson's interval for the
+share of problems with another value is what bounds the mean.
+
 Sources: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927);
 B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
 """
@@ -29,7 +32,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and its bounds, in its own unit; method: "wilson", "cluster bootstrap" or "paired bootstrap"."""
+    """A figure and its bounds, in its own unit.
+
+    method: "wilson", "cluster bootstrap", "paired bootstrap", or "all equal" where every problem has the same value
+    """
 
     value: float
     low: float
@@ -58,15 +64,16 @@ def wilson(right: int, count: int) -> Interval:
 def accuracy(scores: Sequence[Sequence[bool]], seed: int = 0) -> Interval:
     """Mean over problems of the share of right answers, 0 to 1.
 
-    scores: the answers of each problem; all problems have equally many, at least one. One each: Wilson; several:
-    a cluster bootstrap over problems. Raises RequestError otherwise.
+    scores: the answers of each problem; all problems have equally many, at least one. One each, and where all answers
+    or none are right: Wilson, over problems; several: a cluster bootstrap over problems. Raises RequestError otherwise.
     """
     lengths = {len(answers) for answers in scores}
     if len(lengths) != 1 or 0 in lengths:
         raise RequestError(f"accuracy: found {sorted(lengths)} answers per problem, expected equally many, at least 1")
-    if lengths == {1}:
-        return wilson(sum(answers[0] for answers in scores), len(scores))
-    return _bootstrap(np.asarray(scores, dtype=np.float64).mean(axis=1), seed, "cluster bootstrap")
+    right = [sum(answers) for answers in scores]
+    if set(right) in ({0}, {len(scores[0])}) or lengths == {1}:
+        return wilson(sum(map(bool, right)), len(scores))
+    return _bootstrap(np.asarray(scores, dtype=np.float64).mean(axis=1), seed, "cluster bootstrap", 0.0)
 
 
 def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], seed: int = 0) -> Interval:
@@ -78,12 +85,18 @@ def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], se
     if len(first) != len(second) or not first or not all(map(len, (*first, *second))):
         raise RequestError(f"paired: found {len(first)} and {len(second)} problems, expected the same ones, answered")
     differences = [float(np.mean(a)) - float(np.mean(b)) for a, b in zip(first, second, strict=True)]
-    return _bootstrap(np.asarray(differences), seed, "paired bootstrap")
+    return _bootstrap(np.asarray(differences), seed, "paired bootstrap", -1.0)
 
 
-def _bootstrap(values: Floats, seed: int, method: str) -> Interval:
-    """Mean of `values` [n] and the 2.5 and 97.5 % quantiles of the means of RESAMPLES draws of n with replacement."""
+def _bootstrap(values: Floats, seed: int, method: str, least: float) -> Interval:
+    """Mean of `values` [n], each `least` to 1, and the 2.5 and 97.5 % quantiles of the means of RESAMPLES draws of n
+    with replacement. Where all are equal: what the mean is when the share of others is at Wilson's upper bound, and all
+    of those `least`, or 1."""
     count = len(values)
+    if np.ptp(values) == 0:
+        value, others = float(values[0]), wilson(0, count).high
+        low, high = ((1 - others) * value + others * extreme for extreme in (least, 1.0))
+        return Interval(value, low, high, "all equal")
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // count)
     means: list[Floats] = []

@@ -32,6 +32,7 @@ from splitdecode.errors import RequestError
 from splitdecode.evaluate.likelihood import score
 from splitdecode.evaluate.pair import PairSource
 from splitdecode.evaluate.policies import Rate, Row, parse_rows, policies_of
+from splitdecode.evaluate.runs import watched
 from splitdecode.evaluate.tasks import Item
 from splitdecode.split.outputs import RequestMetrics
 from splitdecode.split.prompts import with_hint
@@ -222,26 +223,29 @@ def evaluate(
     limit: int | None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], list[RequestMetrics]]:
-    """lm-eval's own figures for one of its tasks or groups under one policy, and what the answers cost.
+    """lm-eval's own figures for one of its tasks or groups under one policy, how the pair got on over all of its
+    answers ("health", "alarms": split/health.py), and what the answers cost.
 
     fewshot: worked examples before a question, None: the task's own; chat: questions in chat templates; limit:
     questions per task; options: SplitDecodeLM's.
     """
     model = SplitDecodeLM(policy=row.name, decoder=decoder, **options)
-    found = simple_evaluate(
-        model=model,
-        tasks=[name],
-        task_manager=manager,
-        num_fewshot=fewshot,
-        apply_chat_template=chat,
-        limit=limit,
-        log_samples=False,
-    )
+    with watched(decoder) as signs:
+        found = simple_evaluate(
+            model=model,
+            tasks=[name],
+            task_manager=manager,
+            num_fewshot=fewshot,
+            apply_chat_template=chat,
+            limit=limit,
+            log_samples=False,
+        )
     rows = []
     for task, results in found["results"].items():
         numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
         numbers.pop("sample_len", None)
-        rows.append({"task": task, "policy": row.name, "metrics": numbers})
+        seen = {"health": signs.figures, "alarms": signs.alarms}
+        rows.append({"task": task, "policy": row.name, "metrics": numbers, **seen})
     return rows, model.metrics
 
 

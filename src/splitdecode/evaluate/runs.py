@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from splitdecode.config import SamplingParams, request_key
@@ -17,12 +18,12 @@ from splitdecode.decoder import SplitDecoder
 from splitdecode.errors import RequestError
 from splitdecode.evaluate.decisions import Decisions, compare
 from splitdecode.evaluate.policies import RATE_FROM, Rate, Row, kept, large_ranges, policies_of
-from splitdecode.evaluate.tasks import INSTRUCTION, Item, Task
+from splitdecode.evaluate.tasks import Item, Task
 from splitdecode.split.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from splitdecode.split.policies import HandoffPolicy
 from splitdecode.split.prompts import Prompt
+from splitdecode.split.questions import question_prompts
 from splitdecode.split.roles import Pair, Role
-from splitdecode.split.tokens import HINT
 
 NO_SPAN = 32  # tokens per chunk where nothing was handed over: never drawn, and each chunk costs a mark
 WARM_UP_TOKENS = 256  # per answer: steps of every size have run once, whatever the task's own limit
@@ -145,15 +146,38 @@ def run_row(task: Task, row: Row, decoder: SplitDecoder, settings: Settings, rat
     few = slice(0, decoder.config.max_num_seqs)
     short = [replace(one, max_tokens=min(one.max_tokens or WARM_UP_TOKENS, WARM_UP_TOKENS)) for one in params[few]]
     _generate(decoder, task, row, items[few], short, policies[few], "warm-up", use_tqdm=False)
-    health = decoder.health
-    health.clear()
-    wall, cpu = time.perf_counter(), time.process_time()
-    outputs = _generate(decoder, task, row, items, params, policies, "", use_tqdm=settings.use_tqdm)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with watched(decoder) as signs:
+        wall, cpu = time.perf_counter(), time.process_time()
+        outputs = _generate(decoder, task, row, items, params, policies, "", use_tqdm=settings.use_tqdm)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     answers = [_answer(task, row, decoder, index // settings.samples, output) for index, output in enumerate(outputs)]
-    seen = health.figures() if health.answers else None
-    alarms = tuple(map(str, health.alarms()))
-    return Outcome(task, row, answers, settings.samples, wall, cpu, rate, seen, alarms)
+    return Outcome(task, row, answers, settings.samples, wall, cpu, rate, signs.figures, tuple(signs.alarms))
+
+
+@dataclass(slots=True)
+class Signs:
+    """How two models got on: figures by signature (split/health.py), None where no control tags decided hand-offs; and
+    what they alarm of."""
+
+    figures: dict[str, float | None] | None = None
+    alarms: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def watched(decoder: SplitDecoder) -> Iterator[Signs]:
+    """Signs of all answers of the block, filled in at its end. Seams are measured then: what is timed inside is not
+    disturbed."""
+    engine, health, signs = decoder.engine, decoder.health, Signs()
+    health.clear(memory=None)
+    engine.seams_wait = True
+    try:
+        yield signs
+        engine.score_seams()
+        signs.figures = health.figures() if health.answers else None
+        signs.alarms = [str(alarm) for alarm in health.alarms()]
+    finally:
+        engine.seams_wait = False
+        health.clear()
 
 
 def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:
@@ -163,14 +187,11 @@ def rate_of(metrics: Sequence[RequestMetrics], spans: int) -> Rate:
 
 
 def prompts_of(decoder: SplitDecoder, task: Task, item: Item, hint: bool) -> Pair[str]:
-    """What each model reads. Families: the prompt as it is. Questions: in the checkpoint's chat template where it has
-    one, with the demand for a box and, in the small model's alone, the hint."""
+    """What each model reads. Families: the prompt as it is. Questions: what split/questions.py makes of them, the hint
+    in the small model's alone."""
     if not task.chat:
         return Pair(item.prompt, item.prompt)
-    said = Pair.of(lambda role: f"{item.prompt}\n{HINT if hint and role is Role.SMALL else ''}\n{INSTRUCTION}")
-    if decoder.templates is None or any(template.source is None for template in decoder.templates):
-        return said.map(lambda text: text + "\n")
-    return Pair.of(lambda r: decoder.chat_prompts([{"role": "user", "content": said[r]}], hint=False)[r])
+    return question_prompts(item.prompt, decoder.templates, hint=hint)
 
 
 def _generate(

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from splitdecode.evaluate.report import transfer
+from splitdecode.split.health import BOUNDS
 from splitdecode.split.roles import Role
 
 LEGEND = (
-    "Accuracy: 95 % intervals, Wilson's for one answer a question, else a bootstrap over questions. Offload: the large "
-    "model's share of all tokens. Spans: runs of its tokens in an answer. ms: of both models, each step shared out by "
+    "Accuracy: 95 % intervals, Wilson's for one answer a question (and where all answers or none are right), else a "
+    "bootstrap over questions; differences: a paired bootstrap over the same questions, and where it is the same for "
+    "all of them Wilson's bound on the share of others. Offload: the large model's share of all tokens. Spans: runs of "
+    "its tokens in an answer. ms: of both models, each step shared out by "
     "tokens among the answers it served (the host's own work is not in it); CPU, wall: of the whole run, over its "
-    "answers. P, R, F1, IoU, kappa: characters the large model wrote against labelled ones; hit: labelled spans of "
-    'which it wrote at least half. "-": not defined.',
+    "answers. Signs, over all answers of a row whose hand-offs the control tags decide, beside the bound of a healthy "
+    "pair: offload, share of answers whose tags do not pair up, share of spans not taken back, time that writing alone "
+    "would take over the time spent, the large model's time alone over the time spent, nats by which a model likes the "
+    "other one's text less than its own (on a sample, once the row is timed). P, R, F1, IoU, kappa: characters the "
+    "large model wrote against labelled ones; hit: labelled spans of which it wrote at least half. "
+    '"-": not defined.',
 )
 
 
@@ -40,12 +48,14 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def matrix(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """The cells of `transfer` as a Markdown table: accuracy, offload, F1."""
+    """The cells of `transfer` as a Markdown table: accuracy, offload, F1. A second result of the same pair on the same
+    task stands in a second line."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     out = head(["trained on", *tasks])
     for trained in dict.fromkeys(cell["trained_on"] for cell in cells):
-        mine = {cell["task"]: cell for cell in cells if cell["trained_on"] == trained}
-        out.append(line([trained, *(_cell(mine[task]) if task in mine else "-" for task in tasks)]))
+        mine = {task: [c for c in cells if (c["trained_on"], c["task"]) == (trained, task)] for task in tasks}
+        for places in zip_longest(*mine.values()):
+            out.append(line([trained, *("-" if cell is None else _cell(cell) for cell in places)]))
     return out
 
 
@@ -59,8 +69,7 @@ def _task(document: dict[str, Any], task: str) -> list[str]:
     out = head(["policy", "accuracy %", "offload %", "spans", "tokens small / large", "ms per answer", "ms per token",
                  "CPU ms", "wall ms", "truncated"])  # fmt: skip
     out += [line(_row(row)) for row in rows]
-    for row in rows:
-        out += [line for alarm in row.get("alarms", ()) for line in ("", f"Alarm, {row['policy']}: {alarm}.")]
+    out += _signs(rows)
     if labelled := [row for row in rows if row["decisions"]]:
         out += ["", *head(["hand-offs", "P", "R", "F1", "IoU", "kappa", "hit", "spans labelled / handed"])]
         names = ("precision", "recall", "f1", "iou", "kappa", "hit_rate")
@@ -72,7 +81,7 @@ def _task(document: dict[str, Any], task: str) -> list[str]:
     pairs = [pair for pair in document["paired"] if pair["task"] == task]
     if pairs:
         shown = [f"{pair['policy']} - {pair['minus']}: {interval(pair['accuracy'], sign='+')}" for pair in pairs]
-        out += ["", "Differences of accuracy, paired bootstrap: " + "; ".join(shown) + "."]
+        out += ["", "Differences of accuracy, paired: " + "; ".join(shown) + "."]
     return out
 
 
@@ -112,7 +121,21 @@ def _lm_eval(rows: Sequence[dict[str, Any]]) -> list[str]:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items() if value is not None)
         out.append(line([row["task"], row["policy"], metrics, number(row["offload"], ".2f", 100),
                           number(row["ms_per_answer"], ".2f")]))  # fmt: skip
-    return out
+    return out + _signs(rows)
+
+
+def _signs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How the two models got on, where control tags decided, and what is alarming in it."""
+    out: list[str] = []
+    if seen := [row for row in rows if row.get("health")]:
+        several = len({row["task"] for row in seen}) > 1
+        out += ["", *head(["signs", *(f"{name} {'<=' if over else '>='} {bound:g}" for name, (bound, over, _) in
+                           BOUNDS.items())])]  # fmt: skip
+        for row in seen:
+            name = f"{row['task']}, {row['policy']}" if several else row["policy"]
+            out.append(line([name, *(number(row["health"].get(sign), ".3f") for sign in BOUNDS)]))
+    alarms = dict.fromkeys(f"Alarm, {row['policy']}: {alarm}." for row in rows for alarm in row.get("alarms", ()))
+    return out + [said for alarm in alarms for said in ("", alarm)]
 
 
 def interval(found: dict[str, Any], sign: str = "") -> str:

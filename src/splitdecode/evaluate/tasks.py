@@ -20,8 +20,6 @@ from splitdecode.evaluate.scorers import Scorer, scorer
 from splitdecode.families import Ranges, hard_ranges, stream
 from splitdecode.jsonl import read_objects
 
-INSTRUCTION = "\n Put your final answer within \\boxed{}."  # as the published checkpoints were trained
-
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from string import Formatter
 from typing import Any
 
-import jinja2
+from jinja2.utils import Namespace
 
 _DIRECTIVE = re.compile(r"[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?.?", re.DOTALL)  # of %, behind its key
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 def wide_percent(text: str) -> bool:
@@ -45,7 +45,7 @@ def _long(*numbers: str) -> bool:
 
 def parts_of(value: Any) -> Sequence[Any] | None:
     """What is written out where a value is, None where that is short."""
-    if isinstance(value, jinja2.runtime.Namespace):
+    if isinstance(value, Namespace):
         value = object.__getattribute__(value, "_Namespace__attrs")
     if isinstance(value, dict):
         return [*value, *value.values()]

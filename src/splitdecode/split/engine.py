@@ -22,7 +22,7 @@ from splitdecode.runtime.batch import Batch, StepBuffers
 from splitdecode.runtime.device import DeviceFlight
 from splitdecode.runtime.runner import Flight
 from splitdecode.runtime.runners import Runner
-from splitdecode.runtime.sampler import Counts
+from splitdecode.runtime.sampler import Array, Counts
 from splitdecode.runtime.scoring import token_logprobs
 from splitdecode.split.actions import ControlAction
 from splitdecode.split.budget import Budgets
@@ -103,7 +103,8 @@ class Engine:
         self._penalised = 0
         self.budgets = Budgets(config, lambda: self.clock())
         self.health = Health()
-        self._unwatched = 0  # answers with hand-offs since a seam was last measured
+        self._unwatched = 0  # answers with hand-offs since a seam was last noted down
+        self.seams_wait = False  # seams are only noted down: score_seams() measures them, outside of what is timed
 
     def add(self, choice: Choice) -> None:
         """Queues an answer; it starts when a handle is free."""
@@ -329,19 +330,30 @@ class Engine:
             self._unwatched += 1
             if self._unwatched >= self.config.watch_seams:
                 self._unwatched = 0
-                try:
-                    self._measure_seams(choice, sequence)
-                except Exception as error:  # out of memory, say: it is a forward beside the caches
-                    log.warning("a seam was not measured: %s: %s", type(error).__name__, error)
-        self.health.settle(Seen(counted, sequence.handoffs, sequence.unreturned, balanced))
+                self.health.unscored.append(Pair.of(partial(self._lane, choice, sequence.handle)))
+                if not self.seams_wait:
+                    self.score_seams()
+        unreturned = sequence.unreturned + (sequence.handoff.pen is Role.LARGE)
+        self.health.settle(Seen(counted, sequence.handoffs, unreturned, balanced))
 
-    def _measure_seams(self, choice: Choice, sequence: SplitSequence) -> None:
-        for role in Role:
-            ids = self.scheduler.lane_ids(sequence.handle, role).tolist()
-            owner = lane_owners(self.scheduler, sequence.handle, role, len(choice.prompts[role]))
-            jump = seam_jump(token_logprobs(self.runners[role].transformer, [ids])[0], owner)
-            if jump is not None:
-                self.health.seams[role].append(jump)
+    def _lane(self, choice: Choice, handle: int, role: Role) -> tuple[Array, Array]:
+        owner = lane_owners(self.scheduler, handle, role, len(choice.prompts[role]))
+        return self.scheduler.lane_ids(handle, role), owner
+
+    def score_seams(self) -> None:
+        """Measures the seams that were noted down, by two prefills each. Where a prefill finds no memory it is left
+        out, with a warning: watching must not end what is watched."""
+        for lanes in self.health.unscored:
+            for role in Role:
+                ids, owner = lanes[role]
+                try:
+                    jump = seam_jump(token_logprobs(self.runners[role].transformer, [ids.tolist()])[0], owner)
+                except torch.OutOfMemoryError:
+                    log.warning("seam: not measured: no memory left for a prefill of %d tokens", len(ids))
+                    continue
+                if jump is not None:
+                    self.health.seams[role].append(jump)
+        self.health.unscored.clear()
 
     def _abandon(self) -> None:
         """A step failed half-way: its cache is not to be trusted. Every answer ends, every page comes back."""

@@ -3,7 +3,7 @@
     signature   figure, over the last answers whose hand-offs the control tags decide                        alarm
     offload     share of the tokens that the large model wrote                                                > 20 %
     tags        share of the answers whose tags do not pair up (text cut short by a limit is not held to it)  > 5 %
-    no_return   share of the spans that were closed by force at max_span                                      > 10 %
+    no_return   share of the spans that were closed by force at max_span, or open when their answer ended     > 10 %
     slow        time the tokens would take if writing them were all there was, over the time they took        < 0.3
     no_gain     time the large model alone would have taken to write them, over the time they took            < 1
     seam        by how many nats a model likes the other one's tokens less than its own, the worse of both    > 3
@@ -28,7 +28,7 @@ from splitdecode.split.roles import Pair, Role
 
 MEMORY = 256  # answers, and seam measurements, that figures are taken over
 MIN_ANSWERS = 8
-RARELY = 64  # answers between two looks for alarms to log, once so many have ended
+RARELY = 64  # answers between two looks for alarms to log, once so many have ended; a quarter of what is remembered
 log = logging.getLogger("splitdecode")
 
 
@@ -50,7 +50,7 @@ class Alarm:
 BOUNDS: dict[str, tuple[float, bool, str]] = {
     "offload": (0.20, True, "the small model hands over more than it should: nothing is gained by splitting"),
     "tags": (0.05, True, "answers with control tags that do not pair up"),
-    "no_return": (0.10, True, "spans that the small model does not take back before max_span"),
+    "no_return": (0.10, True, "spans that the small model does not take back"),
     "slow": (0.3, False, "most of the time goes into catching up, reading along and tokens that were dropped"),
     "no_gain": (1.0, False, "the large model alone would have been faster"),
     "seam": (3.0, True, "one model finds the other one's text absurd: tokenizer, template or prompt may differ"),
@@ -59,7 +59,10 @@ BOUNDS: dict[str, tuple[float, bool, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one answer adds. balanced: None where a limit cut it short."""
+    """What one answer adds.
+
+    unreturned  spans that ran into max_span or the answer's end        balanced  None where a limit cut it short
+    """
 
     models: Pair[ModelMetrics]
     spans: int
@@ -69,33 +72,40 @@ class Seen:
 
 @dataclass(slots=True)
 class Health:
-    """Figures and alarms of one engine. bounds: by signature, as BOUNDS has them."""
+    """Figures and alarms of one engine.
+
+    bounds    by signature, as BOUNDS has them
+    unscored  per lane its ids and owners (transcript.lane_owners), of answers whose seams are still to be measured
+    """
 
     bounds: dict[str, float] = field(default_factory=lambda: {name: bound[0] for name, bound in BOUNDS.items()})
     answers: deque[Seen] = field(default_factory=lambda: deque(maxlen=MEMORY))
     seams: Pair[deque[float]] = field(default_factory=lambda: Pair(deque(maxlen=MEMORY), deque(maxlen=MEMORY)))
+    unscored: list[Pair[tuple[np.ndarray, np.ndarray]]] = field(default_factory=list)
     _raised: set[str] = field(default_factory=set)
     _ended: int = 0
+    _look: int = MIN_ANSWERS  # answers that must have ended before the next look
 
     def settle(self, seen: Seen) -> None:
         """An answer ended. An alarm that this raises is logged once, until it goes out again."""
         self.answers.append(seen)
         self._ended += 1
-        if self._ended % (MIN_ANSWERS if self._ended < RARELY else RARELY):
+        if self._ended < self._look:
             return  # a look costs a sum over all that is remembered
+        self._look += MIN_ANSWERS if self._ended < RARELY else max(RARELY, len(self.answers) // 4)
         alarms = self.alarms()
         for alarm in alarms:
             if alarm.name not in self._raised:
                 log.warning("%s", alarm)
         self._raised = {alarm.name for alarm in alarms}
 
-    def clear(self) -> None:
-        """Forgets what was seen."""
-        self.answers.clear()
-        for seam in self.seams:
-            seam.clear()
+    def clear(self, memory: int | None = MEMORY) -> None:
+        """Forgets what was seen. memory: answers that figures are taken over from here on; None: all of them."""
+        self.answers = deque(maxlen=memory)
+        self.seams = Pair.of(lambda _: deque(maxlen=memory))
+        self.unscored.clear()
         self._raised.clear()
-        self._ended = 0
+        self._ended, self._look = 0, MIN_ANSWERS
 
     def figures(self) -> dict[str, float | None]:
         """Every signature's figure now; None where nothing was seen that it could be taken from."""

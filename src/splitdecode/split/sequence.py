@@ -343,7 +343,6 @@ class SplitSequence(Lanes):
     def _force(self) -> list[Event]:
         """The span ends here, asked or not."""
         written = self._position() - self.span_start
-        self.unreturned += written >= self.config.max_span
         if self.policy.reads_along:
             self.scheduler.drop_provisional(self.handle)
             self._retarget(LARGE, self.span_base + written, [])
@@ -357,6 +356,7 @@ class SplitSequence(Lanes):
             if self.scheduler.room(self.handle, SMALL) < len(self.tokens.tag_ids[CLOSING]):
                 return self.finish("length")
             self._retarget(SMALL, start, self.tokens.tag_ids[CLOSING])
+        self.unreturned += written >= self.config.max_span
         return self._return_pen(start)
 
     def _return_pen(self, scan_from: int) -> list[Event]:

@@ -89,8 +89,10 @@ class PairTokens:
         out: list[int] = []
         for special, run in groupby(ids, self._twins[author].get):
             part = list(run)
-            plain = special is None
-            out += self.encode(author.other, self.bytes_of(author, part)) if plain else [special] * len(part)
+            if special is None:
+                out += self.encode(author.other, self.bytes_of(author, part))
+            else:
+                out += [special] * len(part)
         return out
 
     def stretches(self, author: Role, ids: Sequence[int], *, final: bool) -> list[tuple[int, list[int]]]:

@@ -191,7 +191,9 @@ def _reinforced(plan: Plan, cell: Cell) -> Record:
 
     def make() -> Record:
         small = model_of(plan, (source, tuned, NONE, seed))
-        made = grpo_run.train(small, plan.large, plan.questions, target, replace(settings, seed=seed))
+        made = grpo_run.train(
+            small, plan.large, plan.questions, target, replace(settings, seed=seed), large_prompts=plan.large_prompts
+        )
         log = [json.loads(text) for text in (target / "log.jsonl").read_text("utf-8").splitlines()]
         return {"steps": len(log), "resumed_from": len(log) - len(made), "first": log[0], "last": log[-1]}
 

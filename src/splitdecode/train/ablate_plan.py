@@ -27,8 +27,10 @@ from splitdecode.evaluate.runs import Settings as EvalSettings
 from splitdecode.evaluate.tasks import Task, family_task, file_task
 from splitdecode.families import FAMILIES, stream
 from splitdecode.models.checkpoint import open_checkpoint
-from splitdecode.train import grpo_run, grpo_settings, settings, sft
+from splitdecode.split.roles import Pair
+from splitdecode.train import grpo_settings, settings, sft
 from splitdecode.train.grpo_settings import GrpoSettings
+from splitdecode.train.questions import Question, asked, read_questions
 from splitdecode.train.settings import Settings
 from splitdecode.train.traces import read_traces
 
@@ -50,6 +52,7 @@ class Plan:
 
     sources, sft, rl  levels by what they are called; rl: None is no reinforcement    seeds  of the trainings
     traces            untagged solutions, annotated once per source                   questions  {prompt: right answer}
+    large_prompts     what the large model is given in RL, by the small one's prompt, where it is another text
     labels            the same traces with the families' own labels, by digest; empty where there are none
     tasks             what every model is asked                                       asking  and how
     options           of SplitDecoder.from_pretrained, for annotation and evaluation
@@ -66,6 +69,7 @@ class Plan:
     seeds: list[int]
     traces: list[untagged.Trace]
     questions: dict[str, str]
+    large_prompts: dict[str, str]
     labels: dict[str, Tagged]
     tasks: list[Task]
     asking: EvalSettings
@@ -85,18 +89,20 @@ def plan_of(args: argparse.Namespace) -> Plan:
         sft.require_extra(setting)
     families, tasks = _families(args), []
     if args.data is None:
-        traces, questions, labels = _family_data(families, args.n or 1000, args.data_seed)
+        traces, rows, labels = _family_data(families, args.n or 1000, args.data_seed)
         tasks = [family_task(name, args.eval_n or 100, args.data_seed) for name in families]
     else:
-        traces, questions = _file_data(args.data, args.n)
-        labels, tasks = {}, [_file_questions(args.eval_data, args.eval_n, args.scorer)]
+        traces, rows = _file_data(args.data, args.n)
+        labels, tasks = {}, [_file_questions(args.eval_data, args.eval_n, args.scorer, bare=traces[0].bare)]
+    _check_sources(sources, "question" if traces[0].bare else "prompt")
+    for name in ("base", "large"):
+        with _named(f"--{name}"):
+            open_checkpoint(getattr(args, name))
+    questions, others = asked(rows, Pair(args.base, args.large))
     for text, chosen in reinforced.items():
         if chosen is not None and len(questions) < chosen.prompts:
             raise RequestError(f"--n: found {len(questions)} questions, expected at least {chosen.prompts}, those of "
                                f"a step of {text}")  # fmt: skip
-    for name in ("base", "large"):
-        with _named(f"--{name}"):
-            open_checkpoint(getattr(args, name))
     asking = EvalSettings(seed=args.data_seed, temperature=args.temperature, max_tokens=args.max_tokens)
     for task in tasks:
         asking.params(task)  # what cannot be sampled is said now
@@ -114,7 +120,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         "files": {k: sha256(path.read_bytes()).hexdigest() for k, path in files.items() if isinstance(path, Path)},
     }
     return Plan(args.base, args.large, options, args.output, sources, tuned, reinforced, seeds, traces, questions,
-                labels, tasks, asking, identity)  # fmt: skip
+                others, labels, tasks, asking, identity)  # fmt: skip
 
 
 def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
@@ -230,30 +236,43 @@ def _families(args: argparse.Namespace) -> list[str]:
 
 def _family_data(
     names: Sequence[str], number: int, seed: int
-) -> tuple[list[untagged.Trace], dict[str, str], dict[str, Tagged]]:
-    traces, questions, labels = [], {}, {}
+) -> tuple[list[untagged.Trace], list[Question], dict[str, Tagged]]:
+    traces, questions, labels = [], [], {}
     for name in names:
         for index, problem in enumerate(islice(stream(seed, name, "train"), number)):
             trace = untagged.Trace(f"{name}-{seed}-{index}", problem.prompt, problem.trace)
             traces.append(trace)
-            questions[problem.prompt] = str(problem.answer)
+            questions.append(Question(problem.prompt, str(problem.answer)))
             labels[trace.digest] = Tagged(trace.digest, trace.text, list(problem.hard), {})
     return traces, questions, labels
 
 
-def _file_data(file: Path, number: int | None) -> tuple[list[untagged.Trace], dict[str, str]]:
+def _file_data(file: Path, number: int | None) -> tuple[list[untagged.Trace], list[Question]]:
     with _named("--data"):
         traces = list(islice(untagged.read_traces(file), number))
         if not traces:
             raise RequestError(f"{file}: found no traces, expected at least one")
-        answers = grpo_run.read_questions(file)
-    return traces, {trace.prompt: answers[trace.prompt] for trace in traces}
+        if len({trace.bare for trace in traces}) > 1:
+            raise RequestError(f"{file}: found lines with 'question' and lines with 'prompt', expected one of the two: "
+                               "--eval-data is asked as they are")  # fmt: skip
+        chosen = {trace.prompt for trace in traces}
+        return traces, [question for question in read_questions(file) if question.text in chosen]
 
 
-def _file_questions(file: Path, number: int | None, scorer: str | None) -> Task:
-    """Questions put as they stand, like the prompts trained on: no chat template, no demand for a box."""
+def _file_questions(file: Path, number: int | None, scorer: str | None, *, bare: bool) -> Task:
+    """Questions put like those trained on: bare ones by split/questions.py, else as they stand, without template."""
     with _named("--eval-data", f"--data {file.stem}: "):
-        return replace(file_task(file.stem, file, number, scorer), chat=False)
+        return replace(file_task(file.stem, file, number, scorer), chat=bare)
+
+
+def _check_sources(sources: dict[str, Source], expected: str) -> None:
+    """What a tagged file trains on must be put as it is asked later. Raises RequestError."""
+    for path in sources.values():
+        if isinstance(path, Path):
+            found = {"question" if trace.bare else "prompt" for trace in read_traces(path, "--sources")}
+            if found != {expected}:
+                raise RequestError(f"--sources: {path}: found lines with {' and '.join(sorted(found))!r}, expected "
+                                   f"{expected!r} in all of them, as in what is asked")  # fmt: skip
 
 
 @contextmanager

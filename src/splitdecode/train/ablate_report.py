@@ -16,7 +16,7 @@ from typing import Any
 
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.evaluate import report
-from splitdecode.evaluate.intervals import accuracy, paired, wilson
+from splitdecode.evaluate.intervals import accuracy, paired
 from splitdecode.evaluate.tables import head, interval, line, number
 from splitdecode.plots import load_pyplot
 from splitdecode.train.ablate import Cell, Record, Records, cells_of
@@ -27,8 +27,8 @@ PACKAGES = (*report.PACKAGES, "transformers", "trl", "peft", "accelerate")
 AXES = ("source", "sft", "rl")
 LEGEND = (
     "Accuracy: 95 % intervals, Wilson's for one seed (and where all answers or none are right), else a bootstrap over "
-    "questions; differences: a paired bootstrap over the same questions. Both are about questions: how far seeds "
-    "differ is in the rows of each seed. "
+    "questions; differences: a paired bootstrap over the same questions (where it is the same for all: Wilson's bound "
+    "on the share of others). Both are about questions: how far seeds differ is in the rows of each seed. "
     "Before: the same model before RL. Offload, spans, ms: as in `splitdecode eval`. P, R, F1: characters the large "
     "model wrote against labelled ones. Loss: mean over the last tenth of SFT. CPU s: of each stage, in the run that "
     "finished it, libraries that it loads included; means over the seeds.",
@@ -99,8 +99,8 @@ def _cell(plan: Plan, found: Records, levels: tuple[str, str, str], task: str) -
     return {
         "task": task,
         **dict(zip(AXES, levels, strict=True)),
-        "accuracy": _accuracy(_scores(found, mine, task), plan.asking.seed),
-        "before": None if levels[2] == NONE else _accuracy(_scores(found, before, task), plan.asking.seed),
+        "accuracy": asdict(accuracy(_scores(found, mine, task), plan.asking.seed)),
+        "before": None if levels[2] == NONE else asdict(accuracy(_scores(found, before, task), plan.asking.seed)),
         **_means(rows),
         "loss": _mean([row["loss"] for row in rows]),
         "alarms": sorted({alarm.partition(":")[0] for row in rows for alarm in row["alarms"]}),
@@ -119,7 +119,7 @@ def _margins(plan: Plan, found: Records, axis: int, task: str) -> list[dict[str,
             "task": task,
             "axis": AXES[axis],
             "level": name,
-            "accuracy": _accuracy(right, seed),
+            "accuracy": asdict(accuracy(right, seed)),
             "minus_first": asdict(paired(right, scores[0], seed)) if name != names[0] else None,
             **_means([_figures(found, cell, task) for cell in cells]),
         }
@@ -131,12 +131,6 @@ def _scores(found: Records, cells: Sequence[Cell], task: str) -> list[list[bool]
     """Right or wrong, per question over all the cells."""
     each = [found.answers[cell]["scores"][task] for cell in cells]
     return [[right for answers in question for right in answers] for question in zip(*each, strict=True)]
-
-
-def _accuracy(scores: Sequence[Sequence[bool]], seed: int) -> dict[str, Any]:
-    """Where all answers or none are right a bootstrap has no width: then Wilson's, over the questions."""
-    right = {answer for answers in scores for answer in answers}
-    return asdict(accuracy(scores, seed) if len(right) > 1 else wilson(len(scores) * right.pop(), len(scores)))
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

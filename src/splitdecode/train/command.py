@@ -21,8 +21,10 @@ from typing import Any
 from splitdecode.decoder import DTYPES
 from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.families import FAMILIES
+from splitdecode.split.roles import Pair
 from splitdecode.train import ablate, ablate_plan, ablate_report, grpo_run, grpo_settings, log_plot, sft
 from splitdecode.train.grpo_settings import GrpoSettings
+from splitdecode.train.questions import asked, read_questions
 from splitdecode.train.settings import PRESETS, Settings, preset
 from splitdecode.train.traces import Trace, family_traces, read_traces
 
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--model", required=True, help="directory or hub id of the model to tune")
     one.add_argument("--revision", help="its hub revision")
     one.add_argument("--output", required=True, type=Path, help="a new directory, or one of a run to go on with")
-    one.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "prompt" and "tagged"')
+    one.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "question" (or "prompt"), "tagged"')
     one.add_argument("--families", help=f"or synthetic families, training problems: {', '.join(FAMILIES)}")
     one.add_argument("--n", type=int, default=1000, help="problems per family (default 1000)")
     _add_preset(one)
@@ -97,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--small", required=True, help="directory or hub id of the model to tune")
     other.add_argument("--large", required=True, help="directory or hub id of the model it hands over to")
     other.add_argument("--output", required=True, type=Path, help="a new directory, or one of a run to go on with")
-    other.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "prompt" and "answer"')
+    other.add_argument("--data", type=Path, metavar="FILE", help='JSON lines with "question" (or "prompt"), "answer"')
     other.add_argument("--families", help=f"or synthetic families, training problems: {', '.join(FAMILIES)}")
     other.add_argument("--n", type=int, default=1000, help="problems per family (default 1000)")
     _add_preset(other)
@@ -135,7 +137,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     axes.add_argument("--seeds", default="0", help="of the trainings, separated by commas (default 0)")
     what = parser.add_argument_group("what is trained on and asked")
     what.add_argument("--families", help=f"training problems; held-out ones are asked: {', '.join(FAMILIES)}")
-    what.add_argument("--data", type=Path, metavar="FILE", help='or JSON lines with "prompt", "trace" and "answer"')
+    what.add_argument("--data", type=Path, metavar="FILE", help='or JSON lines with "question", "trace" and "answer"')
     what.add_argument("--eval-data", type=Path, metavar="FILE", help='with --data: lines with "question" and "answer"')
     what.add_argument("--n", type=int, help="traces (default: 1000 per family, else all)")
     what.add_argument("--eval-n", type=int, help="questions (default: 100 per family, else all)")
@@ -177,10 +179,11 @@ def reinforce(args: argparse.Namespace) -> int:
     if (args.data is None) == (args.families is None):
         raise RequestError("--data and --families: expected one of them")
     names = [] if args.families is None else [part.strip() for part in args.families.split(",")]
-    questions = (
-        grpo_run.read_questions(args.data) if args.data else grpo_run.family_questions(names, args.n, settings.seed)
-    )
-    steps = grpo_run.train(args.small, args.large, questions, args.output, settings, say=_note)
+    if args.data is not None:
+        questions, others = asked(read_questions(args.data), Pair(args.small, args.large))
+    else:
+        questions, others = grpo_run.family_questions(names, args.n, settings.seed), {}
+    steps = grpo_run.train(args.small, args.large, questions, args.output, settings, large_prompts=others, say=_note)
     for when, line in (("first step", steps[:1]), ("last step", steps[-1:])):
         for figures in line:
             print(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -29,12 +29,12 @@ import numpy.typing as npt
 from splitdecode.errors import CheckpointError, RequestError
 from splitdecode.models.checkpoint import read_json
 from splitdecode.split.outputs import ModelSpan, RequestMetrics, RequestOutput
+from splitdecode.split.questions import opening
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import OPEN_TAG
 
 RATES = ("step_ms", "token_ms", "handoff_ms")
 READ_INTERVAL = 4  # EngineConfig's own default
-_THINK = "<think>\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,7 @@ class Answer:
     def of(cls, output: RequestOutput, gold: str | None = None) -> Answer:
         """The first answer of a request; a `<think>` that ends the prompt is put back in front of its text."""
         one = output.outputs[0]
-        opened = _THINK if (output.prompt or "").endswith(_THINK) else ""
-        return cls(opened + one.raw_text, gold, output.metrics, one.spans)
+        return cls(opening(output.prompt or "") + one.raw_text, gold, output.metrics, one.spans)
 
     @property
     def tokens(self) -> int:

@@ -32,6 +32,7 @@ from splitdecode.errors import MissingExtraError, RequestError
 from splitdecode.split.health import Health, Seen
 from splitdecode.split.outputs import RequestOutput
 from splitdecode.split.policies import ControlTags, HandoffPolicy
+from splitdecode.split.questions import check_large
 from splitdecode.split.roles import Role
 from splitdecode.split.rollout import Rollout
 from splitdecode.train.objective import act_count, act_logprobs, policy_loss
@@ -69,8 +70,10 @@ class Rollouts:
     """Answers of the pair to TRL's prompts, what they earned, and a line of figures per step.
 
     decoder: its small model is the policy's twin; references: what the rewards know of a question, by prompt;
-    rewards: by name, summed by `weights` (1 each where it names none); log: one JSON object per step is appended.
+    rewards: by name, summed by `weights` (1 each where it names none); log: one JSON object per step is appended;
+    large_prompts: what the large model is given, by the small model's prompt; where it has none, the same text.
     steps: the figures so far, those of a run that goes on too; outputs, seen (256 at most): of the last step.
+    Raises RequestError where the large model would be given a control tag.
     """
 
     decoder: SplitDecoder
@@ -80,6 +83,7 @@ class Rollouts:
     weights: Mapping[str, float] = field(default_factory=dict)
     handoff: HandoffPolicy = field(default_factory=ControlTags)
     log: Path | None = None
+    large_prompts: Mapping[str, str] = field(default_factory=dict)
     outputs: list[RequestOutput] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
@@ -95,13 +99,19 @@ class Rollouts:
                 "params: expected n=1, a temperature above 0, no top_p, top_k, min_p and no penalties: a policy "
                 "gradient needs the probabilities answers were drawn with"
             )
+        for text in self.large_side(list(self.references)):
+            check_large(text, "large_prompts", self.decoder.tokens.tags)
+
+    def large_side(self, prompts: Sequence[str]) -> list[str]:
+        """What the large model is given where the small one is given `prompts`."""
+        return [self.large_prompts.get(prompt, prompt) for prompt in prompts]
 
     def draw(self, prompts: Sequence[str], step: int = 0) -> list[RequestOutput]:
         """An answer to each prompt, each with a seed of its own: a step's answers are the same after a restart."""
         first = (self.params.seed or 0) + step * len(prompts)
         params = [replace(self.params, seed=first + number, rollout=True) for number in range(len(prompts))]
-        before = list(self.decoder.health.answers)
-        self.outputs = self.decoder.generate(list(prompts), params, handoff=self.handoff)
+        before, others = list(self.decoder.health.answers), self.large_side(prompts)
+        self.outputs = self.decoder.generate(list(prompts), params, handoff=self.handoff, large_prompt=others)
         self.seen = [seen for seen in self.decoder.health.answers if all(seen is not other for other in before)]
         return self.outputs
 

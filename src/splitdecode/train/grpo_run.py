@@ -44,24 +44,6 @@ def family_questions(names: Sequence[str], count: int, seed: int) -> dict[str, s
     return {task.prompt: str(task.answer) for name in names for task in problems(count, seed, name, part="train")}
 
 
-def read_questions(path: Path) -> dict[str, str]:
-    """{prompt: right answer} of JSON lines with "prompt" and "answer". Raises RequestError naming the line."""
-    found: dict[str, str] = {}
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            found[row["prompt"]] = str(row["answer"])
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(f'{path}, line {number}: expected an object with "prompt" and "answer"') from None
-    if not found:
-        raise RequestError(f"{path}: found no questions, expected at least one")
-    return found
-
-
 def train(
     small: str | Path,
     large: str | Path,
@@ -69,13 +51,16 @@ def train(
     output: str | Path,
     settings: GrpoSettings,
     *,
+    large_prompts: Mapping[str, str] | None = None,
     say: Say = lambda _: None,
 ) -> list[dict[str, float]]:
     """Tunes `small` beside `large` on the questions and saves it to `output`; goes on where that holds the same run.
     say: is told of questions that are left out and of every step.
 
-    Returns the figures of every step of this call. Raises MissingExtraError without the [train] extra, RequestError
-    for settings or an output that do not fit, CheckpointError for a model that cannot be used.
+    questions: {prompt of the small model: right answer}; large_prompts: {the same: what the large model is given
+    instead}, where it is another text; questions.asked() makes both. Returns the figures of every step of this call.
+    Raises MissingExtraError without the [train] extra, RequestError for settings or an output that do not fit,
+    CheckpointError for a model that cannot be used.
     """
     import torch
 
@@ -89,7 +74,8 @@ def train(
     if target.resolve() == checkpoint.directory.resolve():
         raise RequestError(f"--output: found {target}, the model's own directory, expected another one")
     _check_number(questions, settings)
-    mine = _identity(small, large, questions, settings, cost)
+    others = large_prompts or {}
+    mine = _identity(small, large, questions, others, settings, cost)
     claim(target, mine)
     tokens, _ = write_tokenizer(checkpoint.directory, target, False)
     if tokens.eos_id is None:
@@ -106,9 +92,9 @@ def train(
         small, large, device=device, dtype=DTYPES[settings.dtype], kv_cache_memory=settings.kv_cache_memory,
         max_num_seqs=min(settings.answers, 256),
     )  # fmt: skip
-    questions = _with_room(decoder, questions, settings, say)
+    questions = _with_room(decoder, questions, others, settings, say)
     if cost is None and settings.timed:
-        cost = _fitted_cost(decoder, questions, settings, target / "cost.json", mine)
+        cost = _fitted_cost(decoder, questions, others, settings, target / "cost.json", mine)
     eos = tokens.decode([tokens.eos_id], skip_special_tokens=False)
     fast: Any = PreTrainedTokenizerFast
     words = fast(tokenizer_file=str(checkpoint.directory / "tokenizer.json"), eos_token=eos, pad_token=eos)
@@ -117,7 +103,7 @@ def train(
     rollouts = Rollouts(
         decoder, questions, _rewards(settings, cost),
         SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed),
-        weights_of(settings.rewards), log=target / LOG, steps=steps,
+        weights_of(settings.rewards), log=target / LOG, large_prompts=others, steps=steps,
     )  # fmt: skip
     trainer = make_trainer(
         policy, words, rollouts, stop=stop, on_step=lambda *step: say(_told(*step)),
@@ -156,11 +142,12 @@ def _identity(
     small: str | Path,
     large: str | Path,
     questions: Mapping[str, str],
+    others: Mapping[str, str],
     settings: GrpoSettings,
     cost: CostModel | None,
 ) -> dict[str, Any]:
     """What tells this run from others, as JSON has it."""
-    data = sha256(json.dumps(list(questions.items())).encode()).hexdigest()
+    data = sha256(json.dumps([[*pair, others.get(pair[0])] for pair in questions.items()]).encode()).hexdigest()
     chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     given = None if cost is None else cost.as_dict()
     return {
@@ -174,7 +161,7 @@ def _identity(
 
 
 def _with_room(
-    decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, say: Say
+    decoder: SplitDecoder, questions: Mapping[str, str], others: Mapping[str, str], settings: GrpoSettings, say: Say
 ) -> Mapping[str, str]:
     """The questions whose prompts are within max_prompt and leave either model room for a token.
 
@@ -182,7 +169,8 @@ def _with_room(
     """
     most = min(settings.max_prompt, *(limit - 1 for limit in decoder.max_len))
     sizes = {
-        prompt: max(map(len, prompt_ids(decoder.tokens, prompt, None, decoder.vocab_limits))) for prompt in questions
+        prompt: max(map(len, prompt_ids(decoder.tokens, prompt, others.get(prompt), decoder.vocab_limits)))
+        for prompt in questions
     }
     fitting = {prompt: gold for prompt, gold in questions.items() if sizes[prompt] <= most}
     if left := len(questions) - len(fitting):
@@ -192,7 +180,12 @@ def _with_room(
 
 
 def _fitted_cost(
-    decoder: SplitDecoder, questions: Mapping[str, str], settings: GrpoSettings, file: Path, mine: Mapping[str, Any]
+    decoder: SplitDecoder,
+    questions: Mapping[str, str],
+    others: Mapping[str, str],
+    settings: GrpoSettings,
+    file: Path,
+    mine: Mapping[str, Any],
 ) -> CostModel:
     """The cost model kept in `file` where this very run fitted it; else one fitted now, to answers of the pair and of
     the large model alone."""
@@ -201,7 +194,12 @@ def _fitted_cost(
         return CostModel.read(file, "--output")
     asked = list(questions)[:_CALIBRATE]
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed)
-    runs = [o for policy in (ControlTags(), LargeOnly()) for o in decoder.generate(asked, params, handoff=policy)]
+    large = [others.get(prompt, prompt) for prompt in asked]
+    runs = [
+        output
+        for policy in (ControlTags(), LargeOnly())
+        for output in decoder.generate(asked, params, handoff=policy, large_prompt=large)
+    ]
     cost = CostModel.calibrate([Answer.of(output) for output in runs], decoder.config.read_interval)
     cost.write(file, run)
     return cost

@@ -28,7 +28,7 @@ from splitdecode.train.export import grow_embeddings, write_model, write_tokeniz
 from splitdecode.train.muon import MuonAdam
 from splitdecode.train.output import claim, newest_checkpoint, step_of
 from splitdecode.train.settings import Settings
-from splitdecode.train.traces import IGNORED, Example, Trace, encode
+from splitdecode.train.traces import IGNORED, Example, Trace, asked, encode
 
 MARK = 1 << 32  # added to the label of a token of a tag: so the mark goes wherever packing and padding put the label
 OnStep = Callable[[int, int, float | None], None]
@@ -57,7 +57,8 @@ def train(
     on_step: OnStep | None = None,
 ) -> Report:
     """Fine-tunes a checkpoint (a directory or a hub id) and saves it to `output`; goes on where that holds a part of
-    the same run. on_step(step, steps in all, last loss logged or None): after each step, before its checkpoint.
+    the same run. Bare questions are put to it by asked(). on_step(step, steps in all, last loss logged or None): after
+    each step, before its checkpoint.
 
     Raises MissingExtraError without the [train] extra, RequestError for traces or an output that do not fit,
     CheckpointError for a model that cannot be used.
@@ -67,6 +68,7 @@ def train(
     checkpoint = open_checkpoint(model, revision=revision)
     if target.resolve() == checkpoint.directory.resolve():
         raise RequestError(f"--output: found {target}, the model's own directory, expected another one")
+    traces = asked(traces, checkpoint.directory)
     _claim(target, traces, settings, str(model), revision)
     tokenizer, new = write_tokenizer(checkpoint.directory, target, settings.added_tokens)
     if settings.lora_rank and new:

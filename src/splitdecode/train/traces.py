@@ -16,10 +16,13 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from splitdecode.annotate import spans
 from splitdecode.errors import RequestError
 from splitdecode.families import stream, tagged
 from splitdecode.jsonl import read_objects
+from splitdecode.models.chat import ChatTemplate
 from splitdecode.models.tokenizer import Tokenizer
+from splitdecode.split.questions import THINK, asked_by, opening, question_prompt
 from splitdecode.split.tokens import CLOSE_TAG, OPEN_TAG
 
 IGNORED = -100
@@ -28,10 +31,14 @@ _TAG = re.compile(f"{re.escape(OPEN_TAG)}|{re.escape(CLOSE_TAG)}")
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A prompt, as the model will be given it, and the solution it should write: tags balanced, not nested."""
+    """A prompt, as the model will be given it, and the solution it should write: tags balanced, not nested.
+
+    bare: the prompt is a question alone, and asked() makes of it what the model will be given
+    """
 
     prompt: str
     tagged: str
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,8 @@ class Example:
 
 
 def read_traces(file: Path, flag: str = "--data") -> list[Trace]:
-    """Traces from JSON lines with "prompt" and "tagged". Raises RequestError naming the flag, file and line."""
+    """Traces from JSON lines with "question" or "prompt", and "tagged". Raises RequestError naming the flag, file and
+    line."""
     traces = [_trace(place, row) for place, row in read_objects(file, flag)]
     if not traces:
         raise RequestError(f"{flag}: {file}: found no traces, expected one JSON object a line")
@@ -57,6 +65,33 @@ def family_traces(names: Sequence[str], number: int, seed: int) -> list[Trace]:
         raise RequestError(f"--n: found {number}, expected at least 1")
     found = [problem for name in names for problem in islice(stream(seed, name, "train"), number)]
     return [Trace(problem.prompt, tagged(problem)) for problem in found]
+
+
+def asked(traces: Sequence[Trace], directory: Path) -> list[Trace]:
+    """The traces as they are trained on: bare questions as the runtime puts them to the small model, in the chat
+    template of the checkpoint in `directory`, with the hint; others as they stand.
+
+    Where the template has opened the answer (`<think>\\n`), a solution that begins with it goes on behind it: what the
+    prompt holds already is taken off. Raises CheckpointError or RequestError for a template that cannot be used.
+    """
+    template = ChatTemplate.from_directory(directory) if any(trace.bare for trace in traces) else None
+
+    def put(trace: Trace) -> Trace:
+        if not trace.bare:
+            return trace
+        prompt = question_prompt(trace.prompt, template, hint=True)
+        return Trace(prompt, _behind(opening(prompt), trace.tagged))
+
+    return [put(trace) for trace in traces]
+
+
+def _behind(opened: str, tagged: str) -> str:
+    """A tagged solution without the `opened` it begins with; of tags within that nothing is left."""
+    text, found = spans.parse(tagged) if opened else ("", [])
+    if not text.startswith(THINK):
+        return tagged
+    cut = len(opened) if text.startswith(opened) else len(THINK)
+    return spans.tag(text[cut:], [(max(0, start - cut), stop - cut) for start, stop in found if max(start, cut) < stop])
 
 
 def check_tags(text: str, where: str) -> None:
@@ -103,10 +138,11 @@ def tag_tokens(text: str, tokens: Sequence[bytes]) -> list[bool]:
 
 
 def _trace(where: str, row: Mapping[str, Any]) -> Trace:
-    if not all(isinstance(row.get(name), str) for name in ("prompt", "tagged")):
-        raise RequestError(f"{where}: found {', '.join(map(repr, row)) or 'no fields'}, expected an object with the "
-                           "texts 'prompt' and 'tagged'")  # fmt: skip
+    name = asked_by(row, where)
+    if not all(isinstance(row.get(field), str) for field in (name, "tagged")):
+        raise RequestError(f"{where}: found {', '.join(map(repr, row))}, expected an object with the texts "
+                           f"{name!r} and 'tagged'")  # fmt: skip
     check_tags(row["tagged"], where)
-    if not row["prompt"] or not row["tagged"]:
-        raise RequestError(f"{where}: found an empty text, expected a 'prompt' and a 'tagged' solution")
-    return Trace(row["prompt"], row["tagged"])
+    if not row[name] or not row["tagged"]:
+        raise RequestError(f"{where}: found an empty text, expected a {name!r} and a 'tagged' solution")
+    return Trace(row[name], row["tagged"], name == "question")
