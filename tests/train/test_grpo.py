@@ -92,7 +92,7 @@ def test_steps_move_the_policy_and_the_decoder_follows(tmp_path: Path) -> None:
         assert 0 < line["offload_fraction"] < 1
         assert line["spans"] > 0 < line["ms"]
         assert 0 <= line["unbalanced"] <= 1
-        assert line["unreturned"] == 0
+        assert 0 <= line["unreturned"] <= 1
     # The next answers are drawn from the new weights: scores of the runtime are the trainer's.
     rollouts.decoder.update_weights(policy.state_dict())
     (output,) = rollouts.draw([problems(1, 5)[0].prompt])
