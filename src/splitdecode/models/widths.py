@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from string import Formatter
 from typing import Any
 
 from jinja2.utils import Namespace
 
 _DIRECTIVE = re.compile(r"[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?.?", re.DOTALL)  # of %, behind its key
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 def wide_percent(text: str) -> bool:
@@ -49,4 +48,6 @@ def parts_of(value: Any) -> Sequence[Any] | None:
         value = object.__getattribute__(value, "_Namespace__attrs")
     if isinstance(value, dict):
         return [*value, *value.values()]
-    return list(value) if isinstance(value, _VIEWS) else value if isinstance(value, (list, tuple)) else None
+    if isinstance(value, (KeysView, ValuesView, ItemsView)):
+        return list(value)
+    return value if isinstance(value, (list, tuple)) else None

@@ -34,10 +34,8 @@ from splitdecode.train.output import claim, newest_checkpoint, step_of
 from splitdecode.train.rewards import combine
 
 _CALIBRATE = 16  # questions whose answers the cost model is fitted to, under two policies
-_FREE = (
-    "micro_batch",
-    "gradient_checkpointing",
-)  # settings that change no weight but by rounding: a run goes on with others
+# Settings that change no weight but by rounding: a run goes on with others of these.
+_FREE = ("micro_batch", "gradient_checkpointing")
 Say = Callable[[str], None]
 
 

@@ -130,7 +130,13 @@ def trainer_class(tag_weight: float) -> type[Any]:
     """
     from trl import SFTTrainer
 
-    class TagWeightedTrainer(SFTTrainer):
+    class QuietTrainer(SFTTrainer):
+        """SFTTrainer, with nothing sent to anybody."""
+
+        def _send_telemetry(self) -> None:
+            """TRL would report every run to its makers."""
+
+    class TagWeightedTrainer(QuietTrainer):
         """Takes the marks off the labels and weighs the log-probabilities the model returns for them."""
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
@@ -144,7 +150,7 @@ def trainer_class(tag_weight: float) -> type[Any]:
 
             return super().compute_loss(weighed, inputs, return_outputs, **more)
 
-    return SFTTrainer if tag_weight == 1 else TagWeightedTrainer
+    return QuietTrainer if tag_weight == 1 else TagWeightedTrainer
 
 
 def _claim(target: Path, traces: Sequence[Trace], settings: Settings, model: str, revision: str | None) -> None:
