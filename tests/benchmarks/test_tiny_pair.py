@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,16 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     for module in (tiny_base, tiny_pair, tiny_report):
         monkeypatch.setattr(module, "RECIPES", short)
-    run = tiny_pair.run
-    monkeypatch.setattr(
-        tiny_pair, "run", lambda work, name: tiny_pair.make_base(work, name) if name in short else run(work, name)
-    )
+    run, lock = tiny_pair.run, threading.Lock()
+
+    def stage(work: Path, name: str) -> None:
+        if name in short:
+            with lock:  # in one process transformers is imported by one thread at a time
+                tiny_pair.make_base(work, name)
+        else:
+            run(work, name)
+
+    monkeypatch.setattr(tiny_pair, "run", stage)
     monkeypatch.setattr(tiny_base, "REPORTS", 1)
     commands = tiny_pair.COMMANDS
     shorter = {

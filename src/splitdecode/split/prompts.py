@@ -59,11 +59,10 @@ def with_hint(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _handed_over(tokens: PairTokens, ids: list[int]) -> list[int]:
     """A prompt given in the small model's ids, in the large one's: its own BOS, if it has one, for the other's."""
-    bos = tokens.tokenizers.map(lambda tokenizer: tokenizer.bos_id)
-    if tokens.same or bos[Role.SMALL] is None or ids[:1] != [bos[Role.SMALL]]:
+    small, large = tokens.tokenizers
+    if tokens.same or small.bos_id is None or ids[:1] != [small.bos_id]:
         return tokens.project(Role.SMALL, ids)
-    own = bos[Role.LARGE]
-    return ([] if own is None else [own]) + tokens.project(Role.SMALL, ids[1:])
+    return ([] if large.bos_id is None else [large.bos_id]) + tokens.project(Role.SMALL, ids[1:])
 
 
 def _text(prompt: Prompt) -> str | None:
