@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # trl reports who trains, by a thread; read when it is imported
 
 import pytest
 import torch
