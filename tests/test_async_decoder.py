@@ -90,7 +90,7 @@ def test_snapshots_only_ever_grow(world: World) -> None:
         rng = np.random.default_rng(seed)
         decoder = make_decoder(world, random_engine(rng))
         prompt = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 16)))]
-        params = replace(random_params(rng, world.tokenizers.small), logprobs=[None, 2][seed % 2], n=1 + seed % 2)
+        params = replace(random_params(rng, world.tokenizers), logprobs=[None, 2][seed % 2], n=1 + seed % 2)
         choices = decoder._request(prompt, None, params, random_policy(rng))
         decoder._queue(choices, None)
         growths = [Growth(choice, decoder.tokens.tags) for choice in choices]

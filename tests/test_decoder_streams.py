@@ -28,7 +28,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
 def random_request(rng: np.random.Generator, world: World) -> Asked:
     prompt = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 16)))]
     params = replace(
-        random_params(rng, world.tokenizers.small),
+        random_params(rng, world.tokenizers),
         n=int(rng.choice([1, 1, 3])),
         skip_special_tokens=bool(rng.integers(2)),
     )

@@ -78,7 +78,9 @@ def random_policy(rng: np.random.Generator) -> HandoffPolicy:
     return ControlTags()
 
 
-def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> SamplingParams:
+def random_params(rng: np.random.Generator, tokenizers: Pair[ToyTokenizer]) -> SamplingParams:
+    """Parameters that a pair with these tokenizers can serve: ids are named where they mean the same to both."""
+    small, large = (tokenizer.token_bytes for tokenizer in tokenizers)
     greedy = rng.random() < 0.3
     some: dict[str, Any] = {}
     if rng.random() < 0.3:
@@ -99,6 +101,8 @@ def random_params(rng: np.random.Generator, tokenizer: ToyTokenizer) -> Sampling
         some["top_p"] = float(rng.choice([1.0, 0.9]))
         some["top_k"] = int(rng.choice([0, 5]))
         some["min_p"] = float(rng.choice([0.0, 0.05]))
+    some["stop_token_ids"] = [i for i in some.get("stop_token_ids", []) if small[i] == large[i]]
+    some["logit_bias"] = {i: bias for i, bias in some.get("logit_bias", {}).items() if small[i] == large[i]}
     params = SamplingParams(
         temperature=some.pop("temperature", 0.0),
         max_tokens=int(rng.integers(8, 40)),
@@ -196,7 +200,7 @@ def run_schedule(world: World, seed: int, **more: Any) -> int:
     for _ in range(number):
         ids = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 20)))]
         prompts.append(ids)
-        params.append(random_params(rng, world.tokenizers.small))
+        params.append(random_params(rng, world.tokenizers))
         policies.append(random_policy(rng))
     made = [decoder._request(p, None, s, h) for p, s, h in zip(prompts, params, policies, strict=True)]
     names = [decoder._queue(choices, None) for choices in made]

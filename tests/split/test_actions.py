@@ -221,7 +221,7 @@ def test_unused_actions_change_no_bit(tmp_path_factory: pytest.TempPathFactory) 
     for name, world in worlds.items():
         rng = np.random.default_rng(7)
         prompts = [{"prompt_token_ids": [int(i) for i in rng.integers(1, 6, size=6)]} for _ in range(5)]
-        params = [random_params(rng, world.tokenizers.small) for _ in prompts]
+        params = [random_params(rng, world.tokenizers) for _ in prompts]
         policies = [random_policy(rng) for _ in prompts]
         plain = make_decoder(world, engine)
         other = SplitDecoder(

@@ -85,7 +85,7 @@ def queue_requests(world: World, decoder: SplitDecoder, rng: np.random.Generator
     for _ in range(int(rng.integers(2, 6))):
         tail = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(0, 6)))]
         prompt = common[: int(rng.integers(1, 13))] + tail
-        params = replace(random_params(rng, world.tokenizers.small), n=int(rng.choice([1, 1, 3])))
+        params = replace(random_params(rng, world.tokenizers), n=int(rng.choice([1, 1, 3])))
         choices = decoder._request(prompt, None, params, random_policy(rng))
         decoder._queue(choices, None)
         made += choices

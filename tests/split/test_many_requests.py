@@ -60,7 +60,7 @@ def random_requests(world: World, number: int, rng: np.random.Generator) -> list
     for _ in range(number):
         text = texts[rng.integers(len(texts))]
         prompt = text[: int(rng.integers(1, 20))] + rng.integers(1, 6, size=int(rng.integers(0, 4))).tolist()
-        params = random_params(rng, world.tokenizers.small)
+        params = random_params(rng, world.tokenizers)
         policy = random_policy(rng)
         if isinstance(policy, ControlTags) and rng.random() < 0.3:
             which = str(rng.choice(["first", "last"]))

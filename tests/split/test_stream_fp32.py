@@ -55,7 +55,7 @@ def run_schedule(world: World, seed: int, count: Count) -> None:
     made = []
     for _ in range(int(rng.integers(1, 5))):
         prompt = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 20)))]
-        params, policy = random_params(rng, world.tokenizers.small), random_policy(rng)
+        params, policy = random_params(rng, world.tokenizers), random_policy(rng)
         (choice,) = decoder._request(prompt, None, params, policy)
         decoder._queue([choice], None)
         made.append((choice, params, policy))

@@ -116,7 +116,7 @@ def schedule(world: World, seed: int, **more: Any) -> tuple[list[Event], list[Ch
     with ChromeTrace(decoder) as trace:
         for _ in range(int(rng.integers(2, 6))):
             ids = [int(i) for i in rng.integers(1, 6, size=int(rng.integers(1, 20)))]
-            made = decoder._request(ids, None, random_params(rng, world.tokenizers.small), random_policy(rng))
+            made = decoder._request(ids, None, random_params(rng, world.tokenizers), random_policy(rng))
             decoder._queue(made, None)
             choices += made
         while decoder.engine.unfinished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -126,7 +127,7 @@ def gradients_by_hand(rollouts: Rollouts, group: int) -> dict[str, torch.Tensor]
         found = output.outputs[0].rollout
         assert found is not None
         lane, start = found.prompt_token_ids + found.ids, len(found.prompt_token_ids)
-        chances = (model(torch.tensor([lane])).logits[0] / PARAMS.temperature).softmax(-1)
+        chances = (model(torch.tensor([lane])).logits[0] / rollouts.params.temperature).softmax(-1)
         dead = dict(found.dead)
         for at, own in enumerate(found.sampled.tolist()):
             if own:
@@ -137,7 +138,7 @@ def gradients_by_hand(rollouts: Rollouts, group: int) -> dict[str, torch.Tensor]
                 total, acts = total - advantage * stay.log(), acts + 1
         for at, tried in found.dead:
             branch = lane[: start + at] + tried
-            there = (model(torch.tensor([branch])).logits[0] / PARAMS.temperature).softmax(-1)
+            there = (model(torch.tensor([branch])).logits[0] / rollouts.params.temperature).softmax(-1)
             for place in range(start + at, len(branch)):
                 total = total - advantage * there[place - 1, branch[place]].log()
             acts += 1
@@ -155,7 +156,7 @@ def test_the_gradient_of_a_step_is_that_of_every_act(rows: int, tmp_path: Path) 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    rollouts = rollouts_of(weights={"latency": 2.0})
+    rollouts = rollouts_of(weights={"latency": 2.0}, params=replace(PARAMS, temperature=2.0))  # hot: some closings die
     trainer, _ = built(
         rollouts, tmp_path, dtype=torch.float64, max_steps=1, per_device_train_batch_size=rows,
         gradient_accumulation_steps=8 // rows, scale_rewards="none", max_grad_norm=0.0,

@@ -26,7 +26,8 @@ from splitdecode.models.tokenizer import Tokenizer
 from splitdecode.requests import Requests
 from splitdecode.split.roles import Pair, Role
 from splitdecode.split.tokens import CLOSE_TAG, HINT, OPEN_TAG
-from splitdecode.train import ablate_plan, grpo_run, sft
+from splitdecode.train import ablate_plan, sft
+from splitdecode.train.cost import Answer
 from splitdecode.train.grpo import Rollouts, make_trainer
 from splitdecode.train.traces import IGNORED, Example
 
@@ -171,8 +172,8 @@ def test_prompts_as_they_stand(pair: Pair[Path], tmp_path: Path, lanes: list[tup
 def test_a_reward_sees_the_answer_from_its_opening(pair: Pair[Path]) -> None:
     decoder = SplitDecoder.from_pretrained(*pair, dtype="float32", kv_cache_memory="16MiB")
     begun, plain = decoder.generate(["1+1<think>\n", "1+1"], SamplingParams(temperature=0.0, max_tokens=4))
-    assert grpo_run._answer(begun, "2").text == "<think>\n" + begun.outputs[0].raw_text
-    assert grpo_run._answer(plain, "2").text == plain.outputs[0].raw_text
+    assert Answer.of(begun, "2").text == "<think>\n" + begun.outputs[0].raw_text
+    assert Answer.of(plain, "2").text == plain.outputs[0].raw_text
 
 
 def test_the_gap_reads_a_question_in_each_models_template(pair: Pair[Path], monkeypatch: pytest.MonkeyPatch) -> None:
