@@ -91,7 +91,7 @@ import gpu_kernels, gpu_stages as stages
 stages.NODES, stages.SQUARE, stages.WINDOW, stages.ROTATION = 5, 64, 1 << 17, 1.0
 stages.LAYERS = dict.fromkeys(stages.LAYERS, 2)
 log = gpu_timing.Log("gpu", Path(sys.argv[1]), 600.0, stages.PEAK)
-gpu_kernels.READS = gpu_kernels.READS[::3]
+gpu_kernels.READS, gpu_kernels.GEMVS = gpu_kernels.READS[::3], gpu_kernels.GEMVS[::3]
 stages.bandwidth(log)
 stages.gap(log)
 plain = gpu_kernels.attend
@@ -101,7 +101,7 @@ def attend(q, cache, table, length, scratch, y, how):
     plain(q, cache, table, length, scratch, y, how, fixed=max(1, 16 // len(scratch.sums)) * 64 // how.tile)
 
 gpu_kernels.attend, gpu_kernels.SPLITS, gpu_kernels.ATTENDS = attend, (8, 32), gpu_kernels.ATTENDS[::2]
-stages.HEADS, stages.CONTEXTS = {"1.5B": (12, 2), "32B": (5, 1)}, (1024,)
+stages.HEADS, stages.CONTEXTS = {"1.5B": (6, 1), "32B": (5, 1)}, (1024,)
 stages.attention(log)
 stages.HEADS = {"1.5B": (12, 2)}
 small = {"qkv": (2048, 1536, 1.0), "o": (1536, 1536, 1.0), "gate_up": (64, 1536, 1.0), "down": (1536, 32, 1.0)}

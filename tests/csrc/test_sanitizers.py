@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SEEDS = 120
 
 
 def cmake() -> str:
@@ -25,14 +26,14 @@ def cmake() -> str:
 def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
     program = cmake()
     for command in (
-        [program, "-S", str(ROOT), "-B", str(tmp_path), "-DSPLITDECODE_SANITIZE=ON"],
+        [program, "-S", str(ROOT), "-B", str(tmp_path), "-DSPLITDECODE_SANITIZE=ON", "-DCMAKE_UNITY_BUILD=ON"],
         [program, "--build", str(tmp_path), "--target", "csrc_fuzz"],
-        [str(tmp_path / "csrc_fuzz"), "1", "200"],
+        [str(tmp_path / "csrc_fuzz"), "1", str(SEEDS)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for structure in ("page_pool", "scheduler"):
-        assert f"{structure}: 200 seeds" in done.stdout
+        assert f"{structure}: {SEEDS} seeds" in done.stdout
     met = dict(re.findall(r"([a-z ]+) (\d+)", done.stdout.split("scheduler met:")[1]))
     assert len(met) == 5
     assert min(int(count) for count in met.values()) > 100, met
