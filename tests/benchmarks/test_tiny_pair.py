@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_lessons_are_of_one_part(part: str, words: Tokenizer) -> None:
 
 def test_training_learns_and_repeats(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(tiny_base, "REPORTS", 4)
+    monkeypatch.setattr(tiny_base, "mastery", partial(tiny_base.mastery, rows=4))
     recipe = tiny_base.Recipe(Shape(16, 1, 2, 1, 32), 5, (tiny_base.Phase(30, 2, 1, 2), tiny_base.Phase(10, 1, 2, 2)))
     runs = []
     for _ in range(2):
@@ -90,7 +91,7 @@ def test_training_learns_and_repeats(start: Path, monkeypatch: pytest.MonkeyPatc
         runs.append((seen, model.state_dict()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
-    assert [row["step"] for row in runs[0][0]] == [10, 20, 30, 40]
+    assert [row["step"] for row in runs[0][0]] == list(range(2, 41, 2))
     assert runs[0][0][-1]["loss"] < runs[0][0][0]["loss"] - 1
 
 
