@@ -242,7 +242,7 @@ int32_t Scheduler::ahead_of_need(const Sequence& sequence, int32_t lane_id) cons
     const Lane& lane = sequence.lanes[lane_index(lane_id)];
     if (sequence.mirror != lane_id || !sequence.resident || lane.shelved > 0 || lane.inflight > 0) return 0;
     if (sequence.phase != Phase::SCAN && sequence.phase != Phase::DIRECT) return 0;
-    if (lane.size() >= spec(lane_id).max_len) return 0;  // a prompt beyond the context: this model never writes
+    if (lane.size() >= spec(lane_id).max_len) return 0; // a prompt beyond the context: this model never writes
     const int32_t room = spec(lane_id).max_len - 1 - lane.size();
     return lane.size() - lane.launched - 1 +
            std::clamp(static_cast<int32_t>(sequence.content.size()) - lane.projected, 0, std::max(0, room));
