@@ -268,7 +268,7 @@ TestSchedulerAgainstTwin = SchedulerMachine.TestCase
 
 @pytest.mark.slow
 class TestSchedulerAgainstTwinForLong(SchedulerMachine.TestCase):  # type: ignore[misc, name-defined]
-    settings = settings(max_examples=1500, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=800, stateful_step_count=60, deadline=None)
 
 
 # ---- every sequence ends
