@@ -21,7 +21,7 @@ test: $(STAMP)  ## set up, then run the tests (under five minutes on two cores)
 test-slow: $(STAMP)  ## the long proofs
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "slow and not gpu"
 
-tiny-pair: $(STAMP)  ## the embedded pair from nothing, into the package (an hour on two cores)
+tiny-pair: $(STAMP)  ## the embedded pair from nothing, into the package (up to 90 minutes on two cores)
 	$(BIN)/python benchmarks/tiny_pair.py --install
 
 lint: $(STAMP)  ## ruff, mypy --strict on src, clang-format
