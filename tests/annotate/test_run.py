@@ -285,6 +285,11 @@ def hardest(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
     return 200, {}, completion(json.dumps({"snippets": [lines[1], lines[4], lines[-3]]}))
 
 
+def interruptible() -> None:
+    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("most", "delay"), [(3, 0.05), pytest.param(15, 0.3, marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> None:
     """Real processes, SIGKILL at random moments of runs that are not let end: the file is that of an unbroken run."""
@@ -299,7 +304,8 @@ def test_killed_and_gone_on_with(most: int, delay: float, tmp_path: Path) -> Non
 
         def start(file: Path) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", "splitdecode", "annotate", str(source), "--out", str(file), *flags]
-            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            return subprocess.Popen(command, env=environment, preexec_fn=interruptible, **pipes)
 
         kills = 0
         while kills < most:
