@@ -15,12 +15,14 @@ from splitdecode import (
     AsyncSplitDecoder,
     CompletionOutput,
     Delta,
+    DraftLength,
     EngineError,
     HandoffPolicy,
     RequestOutput,
     SamplingParams,
     SplitDecoder,
 )
+from splitdecode.families import problems
 from splitdecode.split.roles import Role
 
 TWENTY = SamplingParams(temperature=0.0, max_tokens=20)
@@ -298,3 +300,19 @@ def test_a_sequence_that_fails_to_start_leaves_nothing_behind() -> None:
         assert pages(decoder) == [0, 0]
 
     run(main())
+
+
+def test_further_tags_stand_in_raw_text() -> None:
+    """A tag that means something else, in the text of one of two requests: neither ends for it."""
+    prompts, greedy = [task.prompt for task in problems(2, 3)], SamplingParams(temperature=0.0, max_tokens=40)
+
+    async def main() -> list[RequestOutput]:
+        async with serving(SplitDecoder.demo(actions={"+": DraftLength(16)})) as engine:
+            asked = [engine.generate(prompt, greedy) for prompt in prompts]
+            return await asyncio.gather(*[last(one) for one in asked])
+
+    with SplitDecoder.demo(actions={"+": DraftLength(16)}) as alone:
+        wanted = [output.outputs[0] for output in alone.generate(prompts, greedy)]
+    assert "+" in wanted[0].raw_text
+    assert "+" not in wanted[0].text
+    assert [output.outputs[0] for output in run(main())] == wanted
