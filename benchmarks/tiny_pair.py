@@ -90,6 +90,7 @@ def save(model: Any, words: Path, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     write_tokenizer(words, part, False)
     model.half().save_pretrained(part)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was cut short behind this
     part.rename(target)
 
 

@@ -95,6 +95,17 @@ def test_training_learns_and_repeats(start: Path, monkeypatch: pytest.MonkeyPatc
     assert runs[0][0][-1]["loss"] < runs[0][0][0]["loss"] - 1
 
 
+def test_a_model_is_saved_over_what_a_run_left(start: Path, tmp_path: Path) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "left").touch()
+    tiny_pair.save(Qwen2ForCausalLM.from_pretrained(start), start, target)
+    assert not (target / "left").exists()
+    assert Tokenizer.from_directory(target).size == Tokenizer.from_directory(start).size
+
+
 def test_mastery_tells_easy_from_hard(words: Tokenizer) -> None:
     class Answers:
         """Says the next token, but 0 where it is one of `wrong`."""

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,12 @@ from splitdecode.train.ablate_plan import folders, parse_rl, parse_sft, parse_so
 from splitdecode.train.traces import family_traces
 
 pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("others_warnings")
 ROOT = Path(__file__).resolve().parents[2]
 GAP = "gap:share=0.2,window=3,merge=1"
 SFT = "toy:max_steps=2,global_batch=2,micro_batch=2,save_steps=1"
 GRPO = "grpo-toy:steps=1,generations=2,prompts=1,max_tokens=8,rewards=accuracy=1+latency=1,latency=coverage"
 SMALL = ["--n", "4", "--eval-n", "3", "--max-tokens", "12"]
-
-
-@pytest.fixture(autouse=True)
-def others_warnings() -> Iterator[None]:
-    """transformers warns of names that TRL still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

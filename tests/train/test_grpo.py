@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,16 +24,9 @@ from splitdecode.train import sft
 from splitdecode.train.grpo import Converged, Rollouts, make_trainer
 
 pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("others_warnings")
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
 PARAMS = SamplingParams(temperature=1.6, max_tokens=200, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def others_warnings() -> Iterator[None]:
-    """transformers warns of names that TRL still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def right(output: RequestOutput, problem: Problem) -> float:

@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,8 @@ from splitdecode.train.grpo_settings import GrpoSettings, preset, weights_of
 from splitdecode.train.output import newest_checkpoint, step_of
 
 pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("others_warnings")
 PAIR = Path(splitdecode.__path__[0]) / "data" / "tiny-pair"
-
-
-@pytest.fixture(autouse=True)
-def others_warnings() -> Iterator[None]:
-    """transformers warns of names that TRL still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def settings(**changes: Any) -> grpo_run.GrpoSettings:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from splitdecode.train.grpo import Rollouts, make_trainer
 from splitdecode.train.traces import IGNORED, Example
 
 pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("others_warnings")
 PROBLEMS = problems(3, 0, "one-product", part="train")
 QUESTIONS = [problem.prompt.strip() for problem in PROBLEMS]
 TEMPLATES = Pair(
@@ -45,14 +44,6 @@ BOTH = {
 SMALL = {small for small, _ in BOTH}
 TOY = ["--preset", "toy", "--max-steps", "1", "--global-batch", "3", "--micro-batch", "3"]
 GRPO = ["--preset", "toy", "--steps", "1", "--prompts", "3", "--generations", "2", "--max-tokens", "4"]
-
-
-@pytest.fixture(autouse=True)
-def others_warnings() -> Iterator[None]:
-    """transformers warns of names that TRL still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
